@@ -1,0 +1,147 @@
+"""Attention over a packed, branching micro-batch, for every model that goes through `AttentionInterface`.
+
+Legend: `T` packed tokens, `H` query heads, `G` key-value heads (H is a multiple of G), `d` head width.
+
+The layout travels as the keyword argument `branch_layout` of the model's forward call, never as a global: a
+checkpointed layer is recomputed while another micro-batch is current.
+
+On CUDA, with bfloat16 or float16 on Ampere or newer, all branches run in one variable-length flash call of
+torch's own; elsewhere each block is one scaled-dot-product call. Both expand a prefix's keys and values only
+inside the call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from lora_dpo.batching import Block, BranchLayout
+
+NAME = "lora_dpo_branches"
+"""The attention implementation's name, as `attn_implementation=` takes it."""
+
+
+def branch_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    branch_layout: BranchLayout | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed micro-batch.
+
+    query [1, H, T, d]; key, value [1, G, T, d]; returns [1, T, H, d]. `sliding_window` counts the token
+    itself; `softcap` is c in c·tanh(logits / c); `s_aux` [H] are learned sinks. `dropout` is ignored: policy
+    and reference must see the same function. Raises ValueError without a layout, since no mask was made.
+    """
+    if branch_layout is None:
+        raise ValueError(f"{NAME} attends to packed branches: pass branch_layout, or set another attention")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    special = softcap is not None or s_aux is not None
+    if not special and query.is_cuda and flash_available(query.dtype, key.shape[-1], value.shape[-1]):
+        return _flash(query, key, value, branch_layout, scaling, sliding_window), None
+    window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
+    outputs = []
+    for block in branch_layout.blocks:
+        q, k, v = _of_block(block, query, key, value)
+        if special:
+            mask = branch_layout.mask(block, window)
+            outputs.append(_explicit(q, k, v, mask, scaling, softcap, s_aux))
+        elif block.causal and window is None:
+            outputs.append(_sdpa(q, k, v, None, scaling))
+        else:
+            outputs.append(_sdpa(q, k, v, branch_layout.mask(block, window), scaling))
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _of_block(block: Block, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    spans = [slice(*span) for span in block.key_spans]
+    k = key[:, :, spans[0]] if len(spans) == 1 else torch.cat([key[:, :, s] for s in spans], dim=2)
+    v = value[:, :, spans[0]] if len(spans) == 1 else torch.cat([value[:, :, s] for s in spans], dim=2)
+    return query[:, :, block.start : block.stop], k, v
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _explicit(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """The formula itself, for what fused kernels lack: softcapped logits and attention sinks."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    logits = (q @ k.transpose(-1, -2)) * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if sinks is not None:
+        sink = sinks.to(logits.dtype).view(1, -1, 1, 1).expand(*logits.shape[:3], 1)
+        logits = torch.cat([logits, sink], dim=-1)
+    weights = torch.softmax(logits, dim=-1, dtype=wide).to(v.dtype)
+    return weights[..., : k.shape[2]] @ v
+
+
+@cache
+def flash_available(dtype: torch.dtype, key_width: int, value_width: int) -> bool:
+    """Whether torch's variable-length flash attention takes these: half precision, equal widths, Ampere or newer."""
+    if dtype not in (torch.bfloat16, torch.float16) or key_width != value_width or key_width > 256:
+        return False
+    return _varlen() is not None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@cache
+def _varlen() -> tuple[Callable[..., Tensor], frozenset[str]] | None:
+    """torch's variable-length attention and the names of its arguments, which change between releases."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    names = frozenset(inspect.signature(varlen_attn).parameters)
+    # Without `scale` and `window_size` (torch 2.10 and older) it can't say what some models need.
+    return (varlen_attn, names) if {"scale", "window_size"} <= names else None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, layout: BranchLayout, scaling: float, window: int | None
+) -> Tensor:
+    """All branches in one call: queries in place, keys and values gathered behind their own prefixes."""
+    found = _varlen()
+    assert found is not None
+    attend, names = found
+    index, cu_q, cu_k, max_q, max_k = layout.varlen
+    q = query[0].transpose(0, 1)
+    k, v = (x[0].transpose(0, 1).index_select(0, index) for x in (key, value))
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in names:
+            options["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    return attend(q, k, v, cu_q, cu_k, max_q, max_k, **options).unsqueeze(0)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    """The layout is the mask; transformers need not make one."""
+
+
+AttentionInterface.register(NAME, branch_attention)
+AttentionMaskInterface.register(NAME, _no_mask)

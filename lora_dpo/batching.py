@@ -1,0 +1,227 @@
+"""Branches → packed micro-batches, each shared prefix once, and which examples make up a step.
+
+Legend: `T` packed tokens, `S` score rows, `N` sequences (an example's sides, one after another), `k` sides.
+
+A score row is (hidden position, target token, side): the hidden state at the position before a scored token
+predicts that token. The last shared position may serve several targets, one a side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_dpo.tokenization import Branches
+
+MERGED_TOKENS = 192
+"""Short examples are attended to together, under one mask, up to this many tokens."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One attention call: queries [start, stop) over the keys of `key_spans`; causal if positions say it all."""
+
+    start: int
+    stop: int
+    key_spans: tuple[tuple[int, int], ...]
+    causal: bool
+
+
+class BranchLayout:
+    """How packed tokens branch: who may attend to whom.
+
+    example, branch, position: int64 [T]; branch 0 is the shared prefix, 1…k the rests. A token sees those of
+    its own example that are in the prefix or in its own rest, at its position or before it.
+    """
+
+    def __init__(self, example: Tensor, branch: Tensor, position: Tensor, lengths: Sequence[tuple[int, ...]]):
+        self.example, self.branch, self.position = example, branch, position
+        self.lengths = tuple(lengths)
+        self._masks: dict[tuple[Block, int | None], Tensor] = {}
+
+    def to(self, device: torch.device) -> BranchLayout:
+        if self.example.device == device:
+            return self
+        moved = (t.to(device, non_blocking=True) for t in (self.example, self.branch, self.position))
+        return BranchLayout(*moved, lengths=self.lengths)
+
+    @cached_property
+    def separate_blocks(self) -> tuple[Block, ...]:
+        """Blocks of each example by itself: [prefix + first rest] over itself, then every other rest."""
+        blocks, start = [], 0
+        for prefix, *rests in self.lengths:
+            first = start + prefix + rests[0]
+            blocks.append(Block(start, first, ((start, first),), causal=True))
+            for rest in rests[1:]:
+                own = (first, first + rest)
+                spans = ((start, start + prefix), own) if prefix else (own,)
+                if rest:
+                    blocks.append(Block(*own, spans, causal=prefix == 0))
+                first += rest
+            start = first
+        return tuple(blocks)
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """`separate_blocks`, but neighbouring short examples share one block with a mask: fewer, fuller calls."""
+        blocks: list[Block] = []
+        start = group = 0
+        for n, lengths in enumerate(self.lengths):
+            end = start + sum(lengths)
+            last = n + 1 == len(self.lengths)
+            if last or end + sum(self.lengths[n + 1]) - group > MERGED_TOKENS:
+                if group == start:
+                    blocks += [b for b in self.separate_blocks if group <= b.start < end]
+                else:
+                    blocks.append(Block(group, end, ((group, end),), causal=False))
+                group = end
+            start = end
+        return tuple(blocks)
+
+    @cached_property
+    def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+        """What a variable-length attention call takes, every branch a sequence with its prefix's keys before it.
+
+        (index of the keys int64 [keys], cumulative query lengths, cumulative key lengths int32, longest of each)
+        """
+        device = self.example.device
+        blocks = self.separate_blocks
+        index = torch.cat([torch.arange(*span) for block in blocks for span in block.key_spans])
+        queries = [block.stop - block.start for block in blocks]
+        keys = [sum(stop - start for start, stop in block.key_spans) for block in blocks]
+        cumulative = [torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (queries, keys)]
+        return index.to(device), *cumulative, max(queries), max(keys)
+
+    def mask(self, block: Block, window: int | None) -> Tensor:
+        """bool [queries, keys]: who may be seen. A window of W holds the token itself and the W − 1 before."""
+        key = (block, window)
+        if key not in self._masks:
+            keys = torch.cat([torch.arange(*span, device=self.example.device) for span in block.key_spans])
+            queries = slice(block.start, block.stop)
+            distance = self.position[queries, None] - self.position[None, keys]
+            seen = (self.example[queries, None] == self.example[None, keys]) & (distance >= 0)
+            branch = self.branch[None, keys]
+            seen &= (branch == 0) | (branch == self.branch[queries, None])
+            if window is not None:
+                seen &= distance < window
+            self._masks[key] = seen
+        return self._masks[key]
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """Packed examples, `[prefix | rest_1 | … | rest_k]` one after another, without padding.
+
+    token_ids, positions: int64 [T]. score_positions, targets, sequences: int64 [S]; row s scores token
+    targets[s] after hidden state score_positions[s] for sequence sequences[s] of N = examples × sides.
+    examples: which examples of the step these are.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    layout: BranchLayout
+    score_positions: Tensor
+    targets: Tensor
+    sequences: Tensor
+    examples: tuple[int, ...]
+    sides: int
+
+    @property
+    def tokens(self) -> int:
+        return self.token_ids.shape[0]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        names = ("token_ids", "positions", "score_positions", "targets", "sequences")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, layout=self.layout.to(device), **moved)
+
+    def per_sequence(self, values: Tensor) -> Tensor:
+        """Sums of score rows, float [S], by sequence: float [examples, sides]."""
+        sums = values.new_zeros(len(self.examples) * self.sides).index_add(0, self.sequences, values)
+        return sums.view(len(self.examples), self.sides)
+
+    def scored_lengths(self) -> Tensor:
+        """How many tokens of each sequence are scored: int64 [examples, sides]."""
+        return self.per_sequence(torch.ones_like(self.targets))
+
+
+def collate(branches: Sequence[Branches], examples: Sequence[int]) -> MicroBatch:
+    """One micro-batch of these examples, in this order."""
+    ids, positions, example, branch, lengths = [], [], [], [], []
+    score_positions, targets, sequences = [], [], []
+    start = 0
+    for n, item in enumerate(branches):
+        prefix = len(item.prefix)
+        parts = (item.prefix, *item.rests)
+        ids += parts
+        positions += [np.arange(prefix), *(np.arange(prefix, prefix + len(rest)) for rest in item.rests)]
+        branch += [np.full(len(part), b) for b, part in enumerate(parts)]
+        example.append(np.full(item.tokens, n))
+        lengths.append(tuple(map(len, parts)))
+        rest_start = start + prefix
+        for side, rest in enumerate(item.rests):
+            at = np.flatnonzero(item.scored[side])
+            # Where token t of this side lies among the packed ones: in the prefix, or shifted into its rest.
+            packed = np.where(at - 1 < prefix, start + at - 1, rest_start + at - 1 - prefix)
+            score_positions.append(packed)
+            targets.append(item.side(side)[at])
+            sequences.append(np.full(len(at), n * item.sides + side))
+            rest_start += len(rest)
+        start += item.tokens
+    joined = [_int64(x) for x in (ids, positions, example, branch, score_positions, targets, sequences)]
+    layout = BranchLayout(joined[2], joined[3], joined[1], lengths)
+    return MicroBatch(joined[0], joined[1], layout, *joined[4:], tuple(examples), branches[0].sides)
+
+
+def _int64(parts: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+
+def pack(branches: Sequence[Branches], tokens_per_microbatch: int) -> list[MicroBatch]:
+    """A step's examples in few micro-batches of at most that many tokens (first fit, longest first).
+
+    An example is the smallest unit: one longer than the budget gets a micro-batch of its own.
+    """
+    bins: list[tuple[int, list[int]]] = []
+    for example in sorted(range(len(branches)), key=lambda n: (-branches[n].tokens, n)):
+        size = branches[example].tokens
+        for n, (used, members) in enumerate(bins):
+            if used + size <= tokens_per_microbatch:
+                bins[n] = (used + size, [*members, example])
+                break
+        else:
+            bins.append((size, [example]))
+    return [collate([branches[n] for n in members], members) for _, members in bins]
+
+
+@dataclass(frozen=True)
+class StepSampler:
+    """Which examples make up a step: a function of (seed, step), so that resuming needs a number, not a replay.
+
+    Every epoch is a fresh permutation of all examples; a step may reach over the end of one into the next.
+    """
+
+    examples: int
+    per_step: int
+    seed: int
+
+    def steps(self, epochs: float) -> int:
+        return max(1, math.ceil(self.examples * epochs / self.per_step))
+
+    def step(self, step: int) -> list[int]:
+        """The examples of the 0-based step."""
+        first = step * self.per_step
+        return [self._at(place) for place in range(first, first + self.per_step)]
+
+    def _at(self, place: int) -> int:
+        epoch, offset = divmod(place, self.examples)
+        return int(self._order(epoch)[offset])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.examples)

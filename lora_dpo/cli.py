@@ -1,0 +1,179 @@
+"""The commands. Heavy imports stand inside the functions, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from lora_dpo.finished import FinishedRun, Sample
+    from lora_dpo.recipe import Recipe
+    from lora_dpo.training import Display
+
+app = typer.Typer(
+    name="lora-dpo",
+    help="Align a language model with preferences: DPO with LoRA adapters on one 4-bit base.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+TAKES_KEYS = {"allow_extra_args": True}
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
+
+
+def main() -> None:
+    """The `lora-dpo` command."""
+    with friendly_errors():
+        app()
+
+
+@app.command("train", context_settings=TAKES_KEYS)
+def train_command(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a .py or a .yaml file.")],
+    resume: Annotated[bool, typer.Option(help="Go on with the run in the recipe's run directory.")] = False,
+) -> None:
+    """Train: lora-dpo train RECIPE [key=value ...], such as loss.beta=0.05 training.epochs=2."""
+    from lora_dpo.recipe import load_recipe
+
+    _train(load_recipe(recipe, context.args), resume)
+
+
+@app.command("eval")
+def eval_command(
+    run: RunFolder,
+    data: Annotated[str | None, typer.Option(help="Held-out rows instead of the recipe's own.")] = None,
+    samples: Annotated[int, typer.Option(min=0, help="How many prompts to answer, base and policy.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+) -> None:
+    """Evaluate a run on held-out pairs, and show answers of base and policy side by side."""
+    from lora_dpo.finished import evaluate_run, open_finished, side_by_side
+    from lora_dpo.training import Display
+
+    display = Display()
+    finished = open_finished(run, data=data, display=display)
+    result = evaluate_run(finished, display=display)
+    display.say(f"\n{result.examples} held-out examples, mean with 95% bootstrap interval")
+    for name, interval in result.metrics.items():
+        display.say(f"  {name:<24} {interval}")
+    display.say(f"written to {finished.directory.evaluation_file}")
+    if samples:
+        made = side_by_side(finished, count=samples, max_new_tokens=max_new_tokens, display=display)
+        _show_samples(display, made[:4])
+        display.say(f"{len(made)} answers side by side: {finished.directory.samples_file}")
+
+
+@app.command("export")
+def export_command(
+    run: RunFolder,
+    to: Annotated[Literal["adapter", "merged"], typer.Option(help="A PEFT adapter, or a whole model.")],
+    output: Annotated[Path | None, typer.Option(help="The new folder; RUN/export-KIND by default.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"], typer.Option(help="What a merged model is stored in.")
+    ] = "bfloat16",
+    verify: Annotated[bool, typer.Option(help="Reload a merged model and compare log-probs.")] = True,
+) -> None:
+    """Export a run's adapter, or base and adapter merged into one plain transformers model."""
+    from lora_dpo.export import export_adapter, export_merged
+    from lora_dpo.finished import open_finished
+    from lora_dpo.run_directory import RunDirectory
+    from lora_dpo.training import Display
+
+    display = Display()
+    target = output or run / f"export-{to}"
+    if to == "adapter":
+        display.say(f"adapter: {export_adapter(RunDirectory.open(run), target)}")
+        return
+    finished = open_finished(run, display=display)
+    display.say(f"merged model: {export_merged(finished, target, dtype=dtype)}")
+    if verify:
+        _verify(display, finished, target, dtype)
+
+
+def _verify(display: Display, finished: FinishedRun, target: Path, dtype: str) -> None:
+    from lora_dpo.export import verify_merged
+
+    gap = verify_merged(finished, target, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    display.say(
+        f"reloaded and compared on {gap.tokens:,} held-out tokens: |Δ log-prob| against base + adapter is"
+        f" {gap.mean:.4f} nats on average, {gap.largest:.3f} at most; the adapter itself moved them by"
+        f" {gap.update:.4f}"
+    )
+
+
+def _show_samples(display: Display, samples: Sequence[Sample]) -> None:
+    for sample in samples:
+        display.say(f"\nprompt  {_short(sample.prompt)}")
+        display.say(f"base    {_short(sample.base)}")
+        display.say(f"policy  {_short(sample.policy)}")
+    display.say("")
+
+
+def _short(text: str, width: int = 200) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:
+    """What a recipe script ends with: `python recipes/NAME.py key=value … [--resume]`.
+
+    Prints errors without a traceback and exits with the status the command line would.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    with friendly_errors():
+        from lora_dpo.recipe import override
+
+        if "-h" in words or "--help" in words:
+            print(recipe_help(recipe))
+            return
+        resume = "--resume" in words
+        _train(override(recipe, [word for word in words if word != "--resume"]), resume)
+
+
+def recipe_help(recipe: Recipe) -> str:
+    """Every key of a recipe with its value and what it takes."""
+    from lora_dpo.recipe import keys_of
+
+    script = Path(sys.argv[0]).name
+    lines = [f"usage: python {script} [key=value ...] [--resume]", "", "keys, their values here, what they take:"]
+    lines += [f"  {key}={value}    ({takes})" for key, takes, value in keys_of(recipe)]
+    return "\n".join(lines)
+
+
+def _train(recipe: Recipe, resume: bool) -> None:
+    from lora_dpo.training import Stopped, train
+
+    try:
+        directory = train(recipe, resume=resume)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(stopped.code) from None
+    if os.environ.get("RANK", "0") == "0":
+        print(f"evaluate: lora-dpo eval {directory.path}")
+        print(f"export:   lora-dpo export {directory.path} --to merged")
+
+
+@contextlib.contextmanager
+def friendly_errors() -> Iterator[None]:
+    """A `UserError` becomes one line and exit status 2; Ctrl-C becomes exit status 130."""
+    from lora_dpo.errors import UserError
+
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""How good is it: preference accuracy and margin on held-out pairs, log-prob changes, lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_dpo.batching import MicroBatch, pack
+from lora_dpo.logprobs import token_logprobs
+from lora_dpo.losses import LogProbs, Objective, preferred
+from lora_dpo.model import Model, as_policy, without_dropout
+from lora_dpo.reference import reference_logprobs
+from lora_dpo.tokenization import Branches
+
+BOOTSTRAP_SAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% bootstrap interval (percentiles of the means of resampled examples)."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out results. metrics: name → mean with interval, over `examples` examples."""
+
+    examples: int
+    metrics: dict[str, Interval] = field(default_factory=dict)
+
+    def means(self) -> dict[str, float]:
+        return {name: interval.mean for name, interval in self.metrics.items()}
+
+
+def evaluate(
+    model: Model,
+    objective: Objective,
+    branches: Sequence[Branches],
+    *,
+    tokens_per_microbatch: int = 8192,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """The objective's loss and metrics, and each side's log-probs and lengths, on these examples.
+
+    `progress` is told how many examples each micro-batch had.
+    """
+    logprobs = score(model, objective, branches, tokens_per_microbatch=tokens_per_microbatch, progress=progress)
+    loss = objective(logprobs)
+    rows = {"loss": _example_losses(objective, loss.per_example, logprobs.lengths), **loss.metrics}
+    if logprobs.policy.shape[1] == 2:
+        rows["logps/accuracy"] = preferred(*logprobs.policy.unbind(1))
+    for side, name in enumerate(objective.sides):
+        rows[f"tokens/{name}"] = logprobs.lengths[:, side]
+    return Evaluation(len(branches), {name: bootstrap(values) for name, values in rows.items()})
+
+
+def _example_losses(objective: Objective, per_example: Tensor, lengths: Tensor) -> Tensor:
+    """Example losses whose mean is the loss that training minimises: the sum over the count, times B."""
+    return per_example * (len(per_example) / objective.count(lengths))
+
+
+def score(
+    model: Model,
+    objective: Objective,
+    branches: Sequence[Branches],
+    *,
+    tokens_per_microbatch: int = 8192,
+    progress: Callable[[int], None] | None = None,
+) -> LogProbs:
+    """Log-probs of these examples, in their order, on the CPU and without gradient."""
+    policy = torch.zeros(len(branches), branches[0].sides, dtype=torch.float64)
+    reference = torch.zeros_like(policy)
+    lengths = torch.zeros(policy.shape, dtype=torch.int64)
+    with torch.no_grad(), without_dropout(model):
+        for batch in pack(branches, tokens_per_microbatch):
+            rows = list(batch.examples)
+            part = batch_logprobs(model, objective, batch.to(model.device))
+            policy[rows] = part.policy.cpu().double()
+            lengths[rows] = part.lengths.cpu()
+            if part.reference is not None:
+                reference[rows] = part.reference.cpu().double()
+            if progress is not None:
+                progress(len(rows))
+    return LogProbs(policy, reference if objective.needs_reference else None, lengths)
+
+
+def batch_logprobs(model: Model, objective: Objective, batch: MicroBatch) -> LogProbs:
+    """Policy, and where the objective needs it reference, log-probs of one micro-batch; policy differentiable."""
+    reference = None
+    if objective.needs_reference:
+        reference = batch.per_sequence(reference_logprobs(model, batch))
+    with as_policy(model):
+        policy = batch.per_sequence(token_logprobs(model, batch))
+    return LogProbs(policy, reference, batch.scored_lengths())
+
+
+def bootstrap(values: Tensor, *, seed: int = 0) -> Interval:
+    """The mean of values [B] and its 95% percentile interval over resampled examples (Efron 1979)."""
+    array = values.detach().to(torch.float64).numpy()
+    rng = np.random.default_rng(seed)
+    means = [array[rng.integers(0, len(array), len(array))].mean() for _ in range(BOOTSTRAP_SAMPLES)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Interval(float(array.mean()), float(low), float(high))

@@ -1,0 +1,171 @@
+"""From a run to what is served elsewhere: a standalone adapter, or a merged model with a measured difference."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import bitsandbytes as bnb
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lora_dpo.batching import pack
+from lora_dpo.errors import ModelError, RunError
+from lora_dpo.finished import FinishedRun
+from lora_dpo.logprobs import token_logprobs
+from lora_dpo.model import Model, as_reference, load_base, load_config
+from lora_dpo.recipe import Base
+from lora_dpo.run_directory import RunDirectory, write_folder
+
+MergedDtype = Literal["bfloat16", "float16", "float32"]
+ADAPTER = "default"
+
+
+def export_adapter(run: RunDirectory, to: Path) -> Path:
+    """Copy a run's adapter, tokenizer and template to a new folder, in PEFT's layout.
+
+    Raises RunError if the run has none yet or the folder is there already.
+    """
+    if not (run.adapter_folder / "adapter_model.safetensors").is_file():
+        raise RunError(f"{run.path} holds no trained adapter yet")
+    _refuse_existing(to)
+    write_folder(to, lambda part: _copy_files(run.adapter_folder, part))
+    return to
+
+
+def _copy_files(source: Path, target: Path) -> None:
+    for file in source.iterdir():
+        if file.is_file():
+            shutil.copyfile(file, target / file.name)
+
+
+def _refuse_existing(folder: Path) -> None:
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is there already and is not empty: choose another with --output")
+
+
+@dataclass(frozen=True)
+class MergeDifference:
+    """How a merged model, reloaded from disk, differs from base + adapter on held-out examples.
+
+    mean, largest: |Δ log-prob| of a scored token in nats. tokens: how many were compared.
+    update: the same mean between the base and base + adapter, to see the difference in proportion.
+    """
+
+    tokens: int
+    mean: float
+    largest: float
+    update: float
+
+
+def export_merged(run: FinishedRun, to: Path, *, dtype: MergedDtype = "bfloat16") -> Path:
+    """Write a plain transformers model: each quantized weight dequantized, the adapter's update added in float32.
+
+    The weights are those of the base that was trained on (dequantized, not the original 16-bit ones), so the
+    merged model is the function that was trained, up to the rounding to `dtype`. Raises RunError if the folder
+    is there already, ModelError if a weight doesn't fit the dtype.
+    """
+    _refuse_existing(to)
+    merged = merged_network(run.model, run.recipe.base, getattr(torch, dtype))
+
+    def fill(part: Path) -> None:
+        merged.save_pretrained(str(part))
+        run.data.tokenizer.save(part)
+
+    write_folder(to, fill)
+    return to
+
+
+def merged_network(model: Model, base: Base, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without quantization and adapter, its weights on the CPU in `dtype`."""
+    config = load_config(base)
+    config.dtype = dtype
+    with torch.device("meta"):
+        plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        weights = dict(_merged_tensors(model.causal, plain, dtype))
+    plain.load_state_dict(weights, strict=False, assign=True)
+    plain.tie_weights()
+    missing = [name for name, p in plain.named_parameters() if p.is_meta]
+    if missing:
+        raise ModelError(f"{missing[0]} is in the base's architecture but was not loaded: it can't be merged")
+    plain.generation_config = model.causal.generation_config
+    return plain
+
+
+def _merged_tensors(
+    source: nn.Module, plain: nn.Module, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) for every parameter and saved buffer of the plain model, from the source's same-named module."""
+    saved = set(plain.state_dict().keys())
+    for path, module in plain.named_modules():
+        names = [*module._parameters, *module._buffers]
+        own = source.get_submodule(path)
+        for name in names:
+            full = f"{path}.{name}".lstrip(".")
+            if full not in saved:
+                continue
+            tensor = merged_weight(own) if name == "weight" else getattr(_unwrapped(own), name)
+            if tensor is not None:
+                yield full, _rounded(tensor, dtype, full)
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.detach().cpu()
+    out = tensor.detach().to(device="cpu", dtype=dtype)
+    if not bool(torch.isfinite(out).all()):
+        raise ModelError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: export with --dtype bfloat16")
+    return out
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module  # pyright: ignore[reportReturnType]
+
+
+def merged_weight(module: nn.Module) -> Tensor:
+    """A module's weight as it acts: dequantized, with the adapter's update (alpha / rank) B A added in float32."""
+    weight = dequantized(_unwrapped(module))
+    if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+        update = module.get_delta_weight(ADAPTER)  # pyright: ignore[reportCallIssue]
+        return weight.float() + update.float()
+    return weight
+
+
+def dequantized(module: nn.Module) -> Tensor:
+    """A module's weight, out of bitsandbytes' storage where it is in it."""
+    weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+    if isinstance(module, bnb.nn.Linear4bit):
+        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # pyright: ignore
+    if isinstance(module, bnb.nn.Linear8bitLt):
+        scales = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB  # pyright: ignore
+        return bnb.functional.int8_vectorwise_dequant(weight.data, scales)  # pyright: ignore[reportArgumentType]
+    return weight
+
+
+def verify_merged(run: FinishedRun, folder: Path, *, dtype: MergedDtype, examples: int = 32) -> MergeDifference:
+    """Reload the merged model from disk and compare its token log-probs with base + adapter's."""
+    held_out = (run.data.eval or run.data.train)[:examples]
+    trained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
+    with as_reference(run.model):
+        base = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
+    network = load_base(Base(str(folder), quantization="none", compute_dtype=dtype, device=run.recipe.base.device))
+    merged = _token_logprobs(Model(network, run.model.tokenizer, network.dtype), held_out, run.tokens_per_microbatch)
+    gap = (merged - trained).abs()
+    result = MergeDifference(
+        tokens=len(gap), mean=gap.mean().item(), largest=gap.max().item(), update=(trained - base).abs().mean().item()
+    )
+    (folder / "export_report.json").write_text(json.dumps(vars(result), indent=1), encoding="utf-8")
+    return result
+
+
+def _token_logprobs(model: Model, branches: list, tokens_per_microbatch: int) -> Tensor:
+    with torch.no_grad():
+        batches = pack(branches, tokens_per_microbatch)
+        return torch.cat([token_logprobs(model, batch.to(model.device)).cpu() for batch in batches])

@@ -1,0 +1,131 @@
+"""A run that trained: its recipe, base, adapter and data again, and how good it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora_dpo.errors import RunError
+from lora_dpo.evaluation import Evaluation, evaluate
+from lora_dpo.model import Model, load_adapter, load_base, load_tokenizer
+from lora_dpo.preferences import Demonstration, Preference
+from lora_dpo.recipe import Recipe, load_recipe, override
+from lora_dpo.run_directory import RunDirectory, write_text
+from lora_dpo.sampling import greedy
+from lora_dpo.training import Display, TrainingData, prepare_data
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedRun:
+    """A run directory whose adapter is on its base again, frozen."""
+
+    directory: RunDirectory
+    recipe: Recipe
+    model: Model
+    data: TrainingData
+
+    @property
+    def tokens_per_microbatch(self) -> int:
+        return self.recipe.training.tokens_per_microbatch
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One held-out prompt and what base and policy answer to it, greedily."""
+
+    prompt: str
+    base: str
+    policy: str
+    chosen: str
+
+
+def open_finished(
+    path: str | Path, *, data: str | None = None, display: Display | None = None, overrides: Sequence[str] = ()
+) -> FinishedRun:
+    """Load a run's base, adapter and data. data: a source to hold out instead of the recipe's own.
+
+    Raises RunError where there is no run, or it has no adapter yet.
+    """
+    display = display or Display(quiet=True)
+    directory = RunDirectory.open(path)
+    if not (directory.adapter_folder / "adapter_model.safetensors").is_file():
+        raise RunError(f"{path} holds no trained adapter yet: its run has not finished (train --resume goes on)")
+    recipe = override(load_recipe(directory.recipe_file), overrides)
+    if data is not None:
+        # The given source is the held-out set; its rows can't leak from the training set that nobody reads.
+        section = dataclasses.replace(recipe.data, train=data, eval=(), eval_fraction=0.0, eval_last=0)
+        recipe = dataclasses.replace(recipe, data=section)
+    tokenizer = load_tokenizer(recipe.base)
+    prepared = prepare_data(recipe.data, recipe.loss, tokenizer, seed=recipe.training.seed, display=display)
+    if data is not None:
+        prepared = dataclasses.replace(prepared, eval=prepared.train, eval_records=prepared.train_records)
+    network = load_base(recipe.base)
+    model = load_adapter(Model(network, tokenizer, network.dtype), str(directory.adapter_folder))
+    return FinishedRun(directory, recipe, model, prepared)
+
+
+def evaluate_run(run: FinishedRun, *, display: Display | None = None) -> Evaluation:
+    """Held-out metrics with intervals; also written to evaluation.json. Raises RunError without held-out rows."""
+    if not run.data.eval:
+        raise RunError("this run holds out no rows: give some with --data FILE")
+    display = display or Display(quiet=True)
+    with display.counting("evaluating", len(run.data.eval)) as advance:
+        result = evaluate(
+            run.model,
+            run.recipe.loss,
+            run.data.eval,
+            tokens_per_microbatch=run.tokens_per_microbatch,
+            progress=advance,
+        )
+    write_text(run.directory.evaluation_file, json.dumps(dataclasses.asdict(result), indent=1))
+    return result
+
+
+def side_by_side(
+    run: FinishedRun, *, count: int = 16, max_new_tokens: int = 128, display: Display | None = None
+) -> list[Sample]:
+    """Greedy responses of base and policy to held-out prompts; also written to samples.jsonl."""
+    display = display or Display(quiet=True)
+    chat = run.data.tokenizer
+    records = _distinct_prompts(run.data.eval_records)[:count]
+    prompts = [chat.prompt_ids(record) for record in records]
+    texts: dict[str, list[str]] = {}
+    with display.counting("generating", 2 * len(prompts)) as advance:
+        for role in ("base", "policy"):
+            made = greedy(
+                run.model,
+                prompts,
+                stop_ids=chat.end_of_turn_ids,
+                max_new_tokens=max_new_tokens,
+                reference=role == "base",
+                progress=advance,
+            )
+            texts[role] = [chat.decode(ids) for ids in made]
+    samples = [
+        Sample(shown(record.prompt), base, policy, shown(_preferred(record)))
+        for record, base, policy in zip(records, texts["base"], texts["policy"], strict=True)
+    ]
+    lines = (json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
+    write_text(run.directory.samples_file, "".join(lines))
+    return samples
+
+
+def _preferred(record: Preference | Demonstration) -> Any:
+    return record.chosen if isinstance(record, Preference) else record.response
+
+
+def _distinct_prompts(records: Sequence[Preference] | Sequence[Demonstration]) -> list[Any]:
+    return list({json.dumps(record.prompt, sort_keys=True, default=str): record for record in records}.values())
+
+
+def shown(turns: Any) -> str:
+    """Messages as a person reads them: the only turn's content, or every turn with its role."""
+    if isinstance(turns, str):
+        return turns
+    if len(turns) == 1:
+        return str(turns[0]["content"])
+    return "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)

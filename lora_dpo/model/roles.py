@@ -1,0 +1,172 @@
+"""The one base, its adapter, and the roles that it plays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lora_dpo.attention import NAME as BRANCH_ATTENTION
+from lora_dpo.errors import ModelError
+from lora_dpo.model.base import load_base, load_tokenizer
+from lora_dpo.recipe import Adapter, Base
+
+
+@dataclass(eq=False)
+class Model:
+    """A causal language model with, or without, an adapter on it.
+
+    network: what is called. tokenizer: its tokenizer. compute_dtype: what matrix products run in.
+    """
+
+    network: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    compute_dtype: torch.dtype
+
+    @cached_property
+    def causal(self) -> PreTrainedModel:
+        """The transformers model, its linear layers wrapped where an adapter is on."""
+        network = self.network
+        return network.get_base_model() if isinstance(network, PeftModel) else network  # pyright: ignore[reportReturnType]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device  # pyright: ignore[reportReturnType]
+
+    @cached_property
+    def head(self) -> nn.Module:
+        """The LM head, called as a module since it may carry an adapter."""
+        return self.causal.get_output_embeddings()
+
+    @cached_property
+    def adapter_layers(self) -> list[BaseTunerLayer]:
+        return [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+
+    @cached_property
+    def checkpointed_layers(self) -> list[GradientCheckpointingLayer]:
+        return [m for m in self.network.modules() if isinstance(m, GradientCheckpointingLayer)]
+
+    @cached_property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that receive gradients, by name, in a fixed order."""
+        return {name: p for name, p in self.network.named_parameters() if p.requires_grad}
+
+    def autocast(self) -> AbstractContextManager:
+        """Adapters are float32; under autocast their products run in the compute dtype, as the base's do."""
+        if self.compute_dtype in (torch.bfloat16, torch.float16):
+            return torch.autocast(self.device.type, dtype=self.compute_dtype)
+        return nullcontext()
+
+    def checkpoint_layers(self) -> None:
+        """Recompute each layer in the backward pass (non-reentrant: keyword arguments and RNG are kept)."""
+        self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def load_model(base: Base, adapter: Adapter | None = None, *, seed: int = 0) -> Model:
+    """The base with a fresh adapter, whose initial values are a function of the seed."""
+    tokenizer = load_tokenizer(base)
+    network = load_base(base)
+    model = Model(network, tokenizer, network.dtype)
+    return model if adapter is None else add_adapter(model, adapter, seed=seed)
+
+
+def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
+    """A fresh LoRA adapter in float32 on the base; only its parameters require gradients.
+
+    Raises ModelError where adapter.targets names no module of the base.
+    """
+    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType]
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+    )
+    # The seed stands right before the adapter is made: whatever loaded before it can't move its values.
+    torch.manual_seed(seed)
+    try:
+        network = get_peft_model(model.causal, config)
+    except ValueError as error:
+        raise ModelError(f"adapter.targets {adapter.targets}: {error}") from error
+    return with_adapter(network, model)
+
+
+def load_adapter(model: Model, folder: str) -> Model:
+    """The base with an adapter from a folder, frozen."""
+    network = PeftModel.from_pretrained(model.causal, folder, is_trainable=False)
+    return with_adapter(network, model)
+
+
+def with_adapter(network: PeftModel, model: Model) -> Model:
+    adapted = Model(network, model.tokenizer, model.compute_dtype)  # pyright: ignore[reportArgumentType]
+    network.train()
+    for layer in adapted.adapter_layers:
+        # Autocast makes the products' inputs; peft would keep a float32 copy of each for the backward pass.
+        layer.cast_input_dtype_enabled = model.compute_dtype not in (torch.bfloat16, torch.float16)
+    return adapted
+
+
+def _set_adapters(model: Model, enabled: bool) -> None:
+    # peft's own switch walks all modules and touches requires_grad: about 40 ms on 224 layers.
+    for layer in model.adapter_layers:
+        layer._disable_adapters = not enabled
+
+
+@contextmanager
+def as_reference(model: Model) -> Iterator[None]:
+    """Adapters off: the frozen base. No gradients; a backward pass must not run inside."""
+    _set_adapters(model, enabled=False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _set_adapters(model, enabled=True)
+
+
+@contextmanager
+def as_policy(model: Model) -> Iterator[None]:
+    """Adapters on. This is how a model is outside of `as_reference`; the context says so where it matters."""
+    _set_adapters(model, enabled=True)
+    yield
+
+
+@contextmanager
+def without_dropout(model: Model) -> Iterator[None]:
+    """The adapters' dropout off, for evaluation. Everything else stays in train mode, quantized layers above all."""
+    dropouts = [m for layer in model.adapter_layers for m in layer.modules() if isinstance(m, nn.Dropout)]
+    for module in dropouts:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in dropouts:
+            module.training = True
+
+
+@contextmanager
+def generating(model: Model) -> Iterator[None]:
+    """For `generate`: the model's own attention with its mask and cache, no checkpointing, no dropout."""
+    for layer in model.checkpointed_layers:
+        layer.training = False
+    model.causal.set_attn_implementation("sdpa")
+    try:
+        with torch.no_grad(), without_dropout(model), model.autocast():
+            yield
+    finally:
+        model.causal.set_attn_implementation(BRANCH_ATTENTION)
+        for layer in model.checkpointed_layers:
+            layer.training = True
+
+
+def adapter_state(model: Model) -> dict[str, Tensor]:
+    """The trainable tensors by name, detached."""
+    return {name: p.detach() for name, p in model.trainable.items()}

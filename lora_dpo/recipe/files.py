@@ -1,0 +1,137 @@
+"""Recipes from scripts and YAML, overrides on top, and the YAML record that replays a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lora_dpo.errors import RecipeError
+from lora_dpo.losses import OBJECTIVES
+from lora_dpo.recipe.coerce import build, coerce, describe, field_names, hints_of, unknown_key
+from lora_dpo.recipe.schema import Recipe, parse_objective
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a `.py` file (its variable `recipe`) or a `.yaml` file, with `key=value` overrides.
+
+    Raises RecipeError where the file or a key is wrong. A `.py` file is run, so it is as trusted as any script.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise RecipeError(f"no recipe file {file}")
+    if file.suffix == ".py":
+        made = runpy.run_path(str(file), run_name="recipe").get("recipe")
+        if not isinstance(made, Recipe):
+            raise RecipeError(f"{file} does not set a variable `recipe` to a lora_dpo.Recipe")
+        return override(made, overrides)
+    if file.suffix in (".yaml", ".yml"):
+        return override(from_dict(_read_yaml(file)), overrides)
+    raise RecipeError(f"{file}: a recipe is a .py or a .yaml file")
+
+
+def _read_yaml(file: Path) -> Mapping[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{file} is not YAML: {error}") from None
+    if not isinstance(values, Mapping):
+        raise RecipeError(f"{file} holds no mapping of keys such as base, data and training")
+    return values
+
+
+def from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from nested mappings, as `to_dict` makes them."""
+    return build(Recipe, values, "")
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Nested mappings of plain values; `from_dict` gives the recipe back."""
+
+    def plain(value: Any) -> Any:
+        if type(value) in OBJECTIVES.values():
+            return {"objective": type(value).__name__, **fields(value)}
+        if dataclasses.is_dataclass(value):
+            return fields(value)
+        if isinstance(value, tuple):
+            return [plain(item) for item in value]
+        if value is None or isinstance(value, (str, int, float, bool)):
+            return value
+        return f"<{type(value).__name__} of {len(value)} rows given from Python>"
+
+    def fields(value: Any) -> dict[str, Any]:
+        return {name: plain(getattr(value, name)) for name in field_names(type(value))}
+
+    return fields(recipe)
+
+
+def to_yaml(recipe: Recipe) -> str:
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=110)
+
+
+def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe with `key=value` texts applied, all at once, so that no in-between recipe is checked."""
+    values: dict[str, Any] = {}
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        key = key.strip().lstrip("-")
+        if not equals:
+            raise RecipeError(f"{text!r} is no override: write key=value, such as loss.beta=0.05")
+        _check_known(recipe, key)
+        values[key] = value
+    return _replaced(recipe, values) if values else recipe
+
+
+def _replaced(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
+    changes: dict[str, Any] = {}
+    for name in {key.partition(".")[0] for key in values}:
+        section = getattr(recipe, name)
+        if name in values:
+            # A whole section at once: `loss=SFT`, `run_directory=…`; keys below it then apply to that.
+            section = coerce(hints_of(Recipe)[name], values[name], name)
+        below = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")}
+        if name == "loss":
+            current = {k: getattr(section, k) for k in field_names(type(section))}
+            given = {"objective": type(section).__name__, **current, **below}
+            changes[name] = parse_objective(given, "loss") if below else section
+        else:
+            hints = hints_of(type(section)) if below else {}
+            parsed = {k: coerce(hints[k], v, f"{name}.{k}") for k, v in below.items()}
+            changes[name] = dataclasses.replace(section, **parsed) if below else section
+    return dataclasses.replace(recipe, **changes)
+
+
+def _check_known(recipe: Recipe, key: str) -> None:
+    known = [name for name, _, _ in keys_of(recipe)]
+    sections = field_names(Recipe)
+    if key not in known and key not in sections and not key.startswith("loss."):
+        raise unknown_key(key, known)
+
+
+def keys_of(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Every key that an override can name: (dotted key, what it takes, its value in this recipe)."""
+    rows: list[tuple[str, str, str]] = []
+    for name, hint in hints_of(Recipe).items():
+        if name == "section":
+            continue
+        value = getattr(recipe, name)
+        if not dataclasses.is_dataclass(value):
+            rows.append((name, describe(hint), str(value)))
+            continue
+        if name == "loss":
+            rows.append((name, describe(hint), type(value).__name__))
+        inner = hints_of(type(value))
+        rows += [
+            (f"{name}.{field}", describe(inner[field]), _shown(getattr(value, field)))
+            for field in field_names(type(value))
+        ]
+    return rows
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,68 @@
+"""Responses from the base with, or without, its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+
+import torch
+
+from lora_dpo.model import Model, as_reference, generating
+
+
+def greedy(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int = 128,
+    reference: bool = False,
+    batch_size: int = 16,
+    progress: Callable[[int], None] | None = None,
+) -> list[list[int]]:
+    """The most likely response to each prompt, token by token, as ids without the stop token.
+
+    prompts: token ids, each ending where the response begins. reference: with the adapters off. Prompts of
+    like length are batched together, padded on the left and masked.
+    """
+    responses: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    role = as_reference(model) if reference else nullcontext()
+    with generating(model), role:
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            made = _generate(model, [prompts[n] for n in rows], stop_ids, max_new_tokens)
+            for n, ids in zip(rows, made, strict=True):
+                responses[n] = ids
+            if progress is not None:
+                progress(len(rows))
+    return responses
+
+
+def _generate(
+    model: Model, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int
+) -> list[list[int]]:
+    longest = max(map(len, prompts))
+    pad = stop_ids[0]
+    ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    output = model.causal.generate(  # pyright: ignore[reportCallIssue]
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        num_beams=1,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        repetition_penalty=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=list(stop_ids),
+        pad_token_id=pad,
+        use_cache=True,
+    )
+    return [_until_stop(row, stop_ids) for row in output[:, longest:].tolist()]
+
+
+def _until_stop(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    ends = [n for n, token in enumerate(ids) if token in stop_ids]
+    return ids[: ends[0]] if ends else ids

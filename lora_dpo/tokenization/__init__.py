@@ -1,0 +1,13 @@
+"""Chat template, truncation, and what is scored: records become branches.
+
+The way of a record: `control` marks its content, `rendering` puts it through the chat template, `turns`
+finds the scored turns in the text, `encoding` makes tokens, `truncation` cuts them to length, `branches`
+shares what the sides have in common in front. `chat` puts them together for one record, `corpus` for all.
+"""
+
+from lora_dpo.tokenization.branches import Branches, share
+from lora_dpo.tokenization.chat import ChatTokenizer
+from lora_dpo.tokenization.corpus import Tokenized, tokenize
+from lora_dpo.tokenization.truncation import Dropped
+
+__all__ = ["Branches", "ChatTokenizer", "Dropped", "Tokenized", "share", "tokenize"]

@@ -1,0 +1,219 @@
+"""Records → branches: each side rendered and tokenized whole, then what the sides share is found.
+
+Legend: `T` tokens of a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from lora_dpo.errors import DataError, ModelError
+from lora_dpo.preferences import Demonstration, Message, Preference
+from lora_dpo.tokenization import truncation
+from lora_dpo.tokenization.branches import Branches, Ids, Mask, share
+from lora_dpo.tokenization.control import ControlStrings
+from lora_dpo.tokenization.encoding import Encoded, Encoder
+from lora_dpo.tokenization.rendering import Chat, Rendering, Template
+from lora_dpo.tokenization.truncation import Limits, Side
+from lora_dpo.tokenization.turns import Turn, assistant_turns
+
+_PROBE = ({"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."})
+
+
+class ChatTokenizer:
+    """A tokenizer, a chat template and the limits on length.
+
+    tokenizer: a fast one. chat_template: Jinja text or a file's path; None takes the tokenizer's own, and
+    text that is already rendered needs none. max_tokens, max_prompt_tokens: see `truncation`. Raises
+    ModelError for a slow tokenizer or a template that is neither text nor a file.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str | None = None,
+        max_tokens: int = 1024,
+        max_prompt_tokens: int | None = None,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._limits = Limits(max_tokens, max_prompt_tokens)
+        self._controls = ControlStrings(tokenizer)
+        self._encoder = Encoder(tokenizer, self._controls)
+        self._template = Template(tokenizer, chat_template)
+        probe = self._probe()
+        if probe is not None:
+            self._controls.set_structure(control.string for control in probe.whole.controls)
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template's text, as an export should carry it; None if there is none."""
+        own = self._tokenizer.chat_template
+        return self._template.text or (own if isinstance(own, str) else None)
+
+    @cached_property
+    def end_of_turn_ids(self) -> tuple[int, ...]:
+        """Ids that end an assistant's turn: the template's end-of-turn, then the tokenizer's EOS. May be
+        empty."""
+        probe = self._probe()
+        turns = assistant_turns(Chat(_PROBE, 1), probe, self._controls, "a test") if probe else []
+        ends = [self._controls.ids[turn.end_of_turn.string] for turn in turns if turn.end_of_turn]
+        return tuple(dict.fromkeys([*ends, *self._eos]))
+
+    def branches(self, record: Preference | Demonstration) -> Branches:
+        """The sides of a record (chosen, rejected; or the response alone), cut to the limits, prefix shared.
+
+        Raises Dropped if truncation leaves nothing to learn, DataError if the template refuses the
+        conversation, ModelError if template and tokenizer don't give one BOS and one end-of-turn.
+        """
+        sides, cut = self._fit(record)
+        truncation.check(sides, record.where, cut)
+        return share([side.ids for side in sides], [side.scored for side in sides], record.where)
+
+    def prompt_ids(
+        self,
+        messages: Sequence[Message] | str,
+        tools: Sequence[dict[str, Any]] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> Ids:
+        """int32 [T]: a prompt to generate from, with BOS and generation prompt; text is taken verbatim,
+        uncut."""
+        if isinstance(messages, str):
+            return self._with_lead(self._encoder.encode_verbatim(messages).ids, "a prompt")
+        chat = Chat(tuple(messages), len(messages), tuple(tools) if tools else None, template_kwargs or {})
+        rendering = Rendering(self._template, self._controls, chat, "a prompt", generation=True)
+        return self._with_lead(self._encoder.encode(rendering.whole).ids, "a prompt")
+
+    def render(self, record: Preference | Demonstration) -> tuple[str, ...]:
+        """Each side as text, uncut, control strings in content included; for people to read."""
+        if isinstance(record.prompt, str):
+            return tuple(record.prompt + str(response) for response in _responses(record))
+        chats = self._chats(record, record.prompt)
+        return tuple(
+            Rendering(self._template, self._controls, chat, str(record.where)).whole.text for chat in chats
+        )
+
+    def _fit(self, record: Preference | Demonstration) -> tuple[list[Side], bool]:
+        """A record's sides within the limits, and whether anything was cut."""
+        uncut = sides = self._sides(record, record.prompt)
+        room = self._limits.prompt_room(sides)
+        if truncation.longest_prompt(sides) > room:
+            sides = self._shorten(record, sides, room)
+        sides = [truncation.cut_right(side, self._limits.tokens) for side in sides]
+        return sides, any(len(a.ids) != len(b.ids) for a, b in zip(uncut, sides, strict=True))
+
+    def _shorten(self, record: Preference | Demonstration, sides: list[Side], room: int) -> list[Side]:
+        """Sides whose prompt has at most `room` tokens: by whole messages if that does it, by tokens if
+        not."""
+        if not isinstance(record.prompt, str):
+            for prompt in truncation.shorter_prompts(record.prompt):
+                try:
+                    sides = self._sides(record, prompt)
+                except DataError:  # the template wants what was left out
+                    continue
+                if truncation.longest_prompt(sides) <= room:
+                    return sides
+        longest = truncation.longest_prompt(sides)
+        return [truncation.cut_left(side, room, longest) for side in sides]
+
+    def _sides(self, record: Preference | Demonstration, prompt: tuple[Message, ...] | str) -> list[Side]:
+        place = str(record.where)
+        if isinstance(prompt, str):
+            return [self._text_side(prompt, str(response), place) for response in _responses(record)]
+        return [self._chat_side(chat, place) for chat in self._chats(record, prompt)]
+
+    def _chats(self, record: Preference | Demonstration, prompt: tuple[Message, ...]) -> list[Chat]:
+        responses = cast("list[tuple[Message, ...]]", _responses(record))
+        return [Chat(prompt + r, len(prompt), record.tools, record.template_kwargs) for r in responses]
+
+    def _chat_side(self, chat: Chat, place: str) -> Side:
+        """A whole conversation: tokens that start inside the response's assistant turns are scored."""
+        rendering = Rendering(self._template, self._controls, chat, place)
+        turns = assistant_turns(chat, rendering, self._controls, place)
+        encoded = self._encoder.encode(rendering.whole)
+        scored = _scored(encoded, [(turn.start, turn.end) for turn in turns])
+        self._check_ends(encoded, scored, turns, place)
+        ended = bool(turns) and turns[-1].end_of_turn is not None
+        return self._side(encoded.ids, scored, add_eos=not ended, place=place)
+
+    def _text_side(self, prompt: str, response: str, place: str) -> Side:
+        """Text that is already rendered: tokens that start inside the response are scored, and an EOS at
+        its end."""
+        encoded = self._encoder.encode_verbatim(prompt + response)
+        scored = _scored(encoded, [(len(prompt), len(prompt) + len(response))])
+        ended = any(response.rstrip().endswith(end) for end in self._text_ends)
+        return self._side(encoded.ids, scored, add_eos=not ended, place=place)
+
+    def _side(self, ids: Ids, scored: Mask, add_eos: bool, place: str) -> Side:
+        if add_eos:
+            if not self._eos:
+                raise ModelError(
+                    f"{place}: a response has no end-of-turn, and the tokenizer has no EOS to add"
+                )
+            ids, scored = np.append(ids, np.int32(self._eos[0])), np.append(scored, True)
+        whole = self._with_lead(ids, place)
+        scored = np.concatenate([np.zeros(len(whole) - len(scored), dtype=np.bool_), scored])
+        lead = len(self._encoder.lead) or int(len(whole) > 0 and whole[0] == self._tokenizer.bos_token_id)
+        return Side(whole, scored, lead)
+
+    def _with_lead(self, ids: Ids, place: str) -> Ids:
+        """Put the tokenizer's BOS in front if the text doesn't begin with it. Raises ModelError for two."""
+        lead = np.array(self._encoder.lead, dtype=np.int32)
+        if len(lead) and not np.array_equal(ids[: len(lead)], lead):
+            ids = np.concatenate([lead, ids])
+        bos = self._tokenizer.bos_token_id
+        if len(ids) > 1 and ids[0] == bos and ids[1] == bos:
+            raise ModelError(
+                f"{place}: the text begins with two BOS tokens ({self._tokenizer.bos_token}): the chat template"
+                " writes it twice; data.chat_template can give one that writes it once"
+            )
+        return ids
+
+    def _check_ends(self, encoded: Encoded, scored: Mask, turns: list[Turn], place: str) -> None:
+        """Raises ModelError unless the last scored token of every turn is the end-of-turn found in the
+        text."""
+        for turn in turns:
+            if turn.end_of_turn is None:
+                continue
+            inside = np.flatnonzero(scored & (encoded.starts < turn.end))
+            expected = self._controls.ids[turn.end_of_turn.string]
+            if not len(inside) or encoded.ids[inside[-1]] != expected:
+                raise ModelError(
+                    f"{place}: the assistant's turn should end with {turn.end_of_turn.string}, but the tokenizer"
+                    " doesn't make one token of it; data.chat_template can give another template"
+                )
+
+    @cached_property
+    def _eos(self) -> tuple[int, ...]:
+        eos = self._tokenizer.eos_token_id
+        return (eos,) if isinstance(eos, int) else ()
+
+    @cached_property
+    def _text_ends(self) -> tuple[str, ...]:
+        """Strings that end a response which is already rendered: EOS, or any special token."""
+        return tuple(text for text in self._controls.special if self._controls.ends_turns(text))
+
+    def _probe(self) -> Rendering | None:
+        """A small conversation in this template; None if there is no template, or it refuses that."""
+        if not self._template.exists:
+            return None
+        try:
+            return Rendering(self._template, self._controls, Chat(_PROBE, 1), "a test conversation")
+        except DataError:
+            return None
+
+
+def _scored(encoded: Encoded, spans: Sequence[tuple[int, int]]) -> Mask:
+    """bool [T]: tokens whose characters start inside one of `spans`."""
+    scored = np.zeros(len(encoded.ids), dtype=np.bool_)
+    for start, end in spans:
+        scored |= (encoded.starts >= start) & (encoded.starts < end)
+    return scored
+
+
+def _responses(record: Preference | Demonstration) -> list[tuple[Message, ...] | str]:
+    return [record.response] if isinstance(record, Demonstration) else [record.chosen, record.rejected]

@@ -1,0 +1,22 @@
+"""The loop, on accelerate, and the checks before it."""
+
+from lora_dpo.training.data import TrainingData, chat_tokenizer, prepare_data
+from lora_dpo.training.observers import Observer, Record
+from lora_dpo.training.preflight import preflight
+from lora_dpo.training.progress import Display
+from lora_dpo.training.step import step_gradient
+from lora_dpo.training.trainer import Stopped, Trainer, train
+
+__all__ = [
+    "Display",
+    "Observer",
+    "Record",
+    "Stopped",
+    "Trainer",
+    "TrainingData",
+    "chat_tokenizer",
+    "prepare_data",
+    "preflight",
+    "step_gradient",
+    "train",
+]

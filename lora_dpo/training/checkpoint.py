@@ -1,0 +1,90 @@
+"""Checkpoints: everything a run needs to go on as if it had not stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from lora_dpo.errors import RunError
+from lora_dpo.model import Model
+from lora_dpo.run_directory import write_folder, write_text
+from lora_dpo.tokenization import Branches
+from lora_dpo.training.optimizer import optimizer_state, restore_optimizer
+
+
+@dataclass
+class TrainingState:
+    """The counters of a run. step: optimizer steps done. best: the best metric so far, and at which step."""
+
+    step: int = 0
+    tokens_per_microbatch: int = 0
+    best: float | None = None
+    best_step: int = 0
+    evaluations_since_best: int = 0
+    loss_scale: float = 0.0
+    loss_scale_growth: int = 0
+    data: str = ""
+
+
+def save_checkpoint(
+    folder: Path, model: Model, optimizer: torch.optim.Optimizer, state: TrainingState
+) -> None:
+    """Write a checkpoint folder, whole or not at all."""
+    tensors, numbers = optimizer_state(optimizer, model.trainable)
+
+    def fill(part: Path) -> None:
+        save_adapter(model, part / "adapter")
+        save_file(tensors, part / "optimizer.safetensors")
+        write_text(part / "optimizer.json", json.dumps(numbers))
+        write_text(part / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
+
+    write_folder(folder, fill, manifest=True)
+
+
+def save_adapter(model: Model, folder: Path) -> None:
+    """The adapter in PEFT's layout."""
+    assert isinstance(model.network, PeftModel)
+    # Without the flag peft asks the hub whether the base's vocabulary was resized.
+    model.network.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+def read_state(folder: Path) -> TrainingState:
+    return TrainingState(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def restore_checkpoint(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> TrainingState:
+    """Put adapter and optimizer back as they were saved; returns the counters."""
+    restore_adapter(folder / "adapter", model)
+    tensors = load_file(folder / "optimizer.safetensors")
+    numbers = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
+    restore_optimizer(optimizer, model.trainable, tensors, numbers)
+    return read_state(folder)
+
+
+def restore_adapter(folder: Path, model: Model) -> None:
+    """Copy an adapter folder's values into the model's adapter. Raises RunError where the tensors differ."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    own = {name.replace(".default.", "."): p for name, p in model.trainable.items()}
+    if saved.keys() != own.keys():
+        odd = sorted(saved.keys() ^ own.keys())[0]
+        raise RunError(f"{folder} is another adapter than the recipe's: {odd} is only in one of them")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+
+
+def data_fingerprint(branches: Sequence[Branches]) -> str:
+    """A hash of every token id and scored mask, in order."""
+    digest = hashlib.sha256()
+    for item in branches:
+        for part in (item.prefix, *item.rests, *item.scored):
+            digest.update(len(part).to_bytes(8, "little") + part.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""Before the first step: is the policy its reference, do gradients go where they should, will the longest fit?"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lora_dpo.batching import MicroBatch, collate, pack
+from lora_dpo.errors import PreflightError
+from lora_dpo.evaluation import batch_logprobs
+from lora_dpo.logprobs import vocabulary
+from lora_dpo.losses import Objective
+from lora_dpo.model import Model, as_reference, generating, without_dropout
+from lora_dpo.reference import reference_logprobs
+from lora_dpo.tokenization import Branches
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
+"""How far a token's log-prob may differ, on average, between packed branches and a sequence by itself."""
+
+
+def preflight(
+    model: Model,
+    objective: Objective,
+    branches: Sequence[Branches],
+    *,
+    tokens_per_microbatch: int,
+    fresh_adapter: bool = True,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Check, on the real model and data, what training relies on. Leaves the adapter's values as they were.
+
+    Raises PreflightError, naming what is wrong and what to do. `say` is told each check in one line.
+    """
+    few = sorted(branches, key=lambda item: item.tokens)[: min(4, len(branches))]
+    batch = collate(few, range(len(few))).to(model.device)
+    with without_dropout(model):
+        if fresh_adapter and objective.needs_reference:
+            say(_check_start(model, objective, batch))
+        say(_check_packing(model, few[0]))
+        say(_check_isolation(model, few))
+        say(_check_gradients(model, objective, batch))
+    say(_check_longest(model, objective, branches, tokens_per_microbatch))
+    model.network.zero_grad(set_to_none=True)
+
+
+def _check_start(model: Model, objective: Objective, batch: MicroBatch) -> str:
+    """A fresh adapter adds exactly nothing: every log-ratio is 0, and the loss is the objective's value there."""
+    logprobs = batch_logprobs(model, objective, batch)
+    ratio = logprobs.log_ratio.abs().max().item()
+    if ratio != 0.0:
+        raise PreflightError(
+            f"the untrained policy differs from its reference by {ratio:.3g} nats on one pair, where it must be"
+            " exactly 0: the base does not give the same result twice, or the adapter is not fresh"
+        )
+    loss = objective(logprobs).per_example.mean().item()
+    return f"policy = reference at the start: every log-ratio is exactly 0, loss {loss:.6f}"
+
+
+def _check_packing(model: Model, item: Branches) -> str:
+    """Packed branches agree with each sequence by itself under the model's own attention, head included."""
+    batch = collate([item], [0]).to(model.device)
+    packed = reference_logprobs(model, batch)
+    with generating(model), as_reference(model):
+        alone = torch.cat([_alone(model, item, side) for side in range(item.sides)])
+    difference = (packed - alone).abs().mean().item()
+    if not difference <= TOLERANCE[model.compute_dtype]:
+        raise PreflightError(
+            f"{model.causal.config.model_type} models can't be packed yet: log-probs differ by {difference:.3g}"
+            " nats a token from one sequence at a time"
+        )
+    return f"packed branches agree with single sequences to {difference:.1g} nats a token"
+
+
+def _alone(model: Model, item: Branches, side: int) -> Tensor:
+    """Log-probs of a side's scored tokens [S], from the whole model's own logits."""
+    ids = torch.from_numpy(item.side(side).astype(np.int64)).to(model.device)
+    at = torch.from_numpy(np.flatnonzero(item.scored[side])).to(model.device)
+    logits = model.causal(input_ids=ids[None], use_cache=False).logits[0, at - 1]
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return torch.log_softmax(logits.to(wide), dim=-1).gather(1, ids[at, None])[:, 0]
+
+
+def _check_isolation(model: Model, items: Sequence[Branches]) -> str:
+    """Changing one branch leaves every other one's log-probs as they were, to the bit."""
+    batch = collate(items, range(len(items))).to(model.device)
+    changed = _with_first_rest_changed(batch, vocabulary(model))
+    if changed is None:
+        return "no branch is long enough to test that branches don't see each other"
+    before, after = reference_logprobs(model, batch), reference_logprobs(model, changed)
+    others = batch.sequences != 0
+    leak = (before - after)[others].abs().max().item() if bool(others.any()) else 0.0
+    allowed = 0.05 if _has_experts(model) else 0.0
+    if leak > allowed:
+        raise PreflightError(
+            f"{model.causal.config.model_type} models can't be packed yet: what one branch holds changes"
+            f" another's log-probs by {leak:.3g} nats (layers with recurrent state, or attention of their own)"
+        )
+    return "branches don't see each other"
+
+
+def _with_first_rest_changed(batch: MicroBatch, tokens: int) -> MicroBatch | None:
+    """The batch with every token of the first example's first rest replaced by its neighbour in the vocabulary."""
+    own = (batch.layout.example == 0) & (batch.layout.branch == 1)
+    if not bool(own.any()):
+        return None
+    ids = torch.where(own, (batch.token_ids + 1) % tokens, batch.token_ids)
+    return replace(batch, token_ids=ids)
+
+
+def _has_experts(model: Model) -> bool:
+    """Mixtures of experts group tokens by expert: another grouping rounds otherwise."""
+    text = model.causal.config.get_text_config()
+    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
+def _check_gradients(model: Model, objective: Objective, batch: MicroBatch) -> str:
+    """With a small random B, every adapter tensor gets a finite gradient, nothing else any, the reference stays."""
+    before = reference_logprobs(model, batch)
+    with _perturbed(model):
+        loss = objective(batch_logprobs(model, objective, batch))
+        loss.per_example.sum().backward()
+        if not torch.equal(before, reference_logprobs(model, batch)):
+            raise PreflightError("adapters off is not the base: changing the adapter changed the reference")
+    dead = [name for name, p in model.trainable.items() if not _reached(p.grad, allow_zero=_has_experts(model))]
+    stray = [n for n, p in model.network.named_parameters() if p.grad is not None and n not in model.trainable]
+    model.network.zero_grad(set_to_none=True)
+    if dead or stray:
+        which = f"{len(dead)} adapter tensors get none, such as {dead[0]}" if dead else f"{stray[0]} gets one"
+        raise PreflightError(f"gradients do not go where they should: {which}")
+    count = sum(p.numel() for p in model.trainable.values())
+    return f"gradients reach the adapter's {count:,} parameters and nothing else"
+
+
+def _reached(grad: Tensor | None, *, allow_zero: bool) -> bool:
+    """A gradient is there and finite; all zeros only where an expert may see no token."""
+    if grad is None or not bool(torch.isfinite(grad).all()):
+        return False
+    return allow_zero or bool(grad.any())
+
+
+@contextmanager
+def _perturbed(model: Model) -> Iterator[None]:
+    """A fresh adapter has B = 0, which hides every gradient of A: small random values for the while."""
+    kept = {name: p.detach().clone() for name, p in model.trainable.items()}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        with torch.no_grad():
+            for parameter in model.trainable.values():
+                noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                parameter += 1e-2 * noise.to(parameter)
+        yield
+    finally:
+        with torch.no_grad():
+            for name, parameter in model.trainable.items():
+                parameter.copy_(kept[name])
+
+
+def _check_longest(
+    model: Model, objective: Objective, branches: Sequence[Branches], tokens_per_microbatch: int
+) -> str:
+    """A forward and backward pass of the longest example, and of the fullest micro-batch, before the night."""
+    longest = max(branches, key=lambda item: item.tokens)
+    by_size = sorted(branches, key=lambda item: -item.tokens)
+    fill = max(1, math.ceil(tokens_per_microbatch / max(1, by_size[-1].tokens)))
+    fullest = max(pack(list(itertools.islice(by_size, fill)), tokens_per_microbatch), key=lambda b: b.tokens)
+    try:
+        batch = collate([longest], [0]) if longest.tokens >= fullest.tokens else fullest
+        objective(batch_logprobs(model, objective, batch.to(model.device))).per_example.sum().backward()
+    except torch.OutOfMemoryError as error:
+        if batch is not fullest or len(batch.examples) == 1:
+            raise PreflightError(
+                f"the longest example ({longest.tokens} tokens, {longest.where}) does not fit in memory: lower"
+                " data.max_tokens, or set training.gradient_checkpointing=true"
+            ) from error
+        return "a full micro-batch does not fit in memory; training will pack smaller ones"
+    return f"the longest example has {longest.tokens} tokens; a micro-batch of {batch.tokens} tokens fits"
+

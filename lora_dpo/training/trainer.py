@@ -1,0 +1,344 @@
+"""The loop: one optimizer step after another, evaluated, checkpointed, resumable."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+
+from lora_dpo.batching import StepSampler
+from lora_dpo.errors import RecipeError, RunError
+from lora_dpo.evaluation import evaluate
+from lora_dpo.model import Model, load_model, load_tokenizer
+from lora_dpo.recipe import Recipe, load_recipe, to_dict, to_yaml
+from lora_dpo.run_directory import RunDirectory, damage, write_folder, write_text
+from lora_dpo.training.checkpoint import (
+    TrainingState,
+    data_fingerprint,
+    restore_adapter,
+    restore_checkpoint,
+    save_adapter,
+    save_checkpoint,
+)
+from lora_dpo.training.data import TrainingData, prepare_data
+from lora_dpo.training.observers import Observer, Record, check_trackers, flat, metrics_file, trackers
+from lora_dpo.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from lora_dpo.training.preflight import preflight
+from lora_dpo.training.progress import Display, duration
+from lora_dpo.training.step import StepSums, step_gradient, step_seed
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has: its state is in a checkpoint. `code` is the exit status for it."""
+
+    def __init__(self, signal_number: int, folder: Path):
+        super().__init__(f"stopped; go on with --resume (last checkpoint: {folder})")
+        self.code = 128 + signal_number
+
+
+def train(
+    recipe: Recipe, *, observers: Sequence[Observer] = (), resume: bool = False, quiet: bool = False
+) -> RunDirectory:
+    """Run a recipe: data, base and adapter, preflight, training. Returns the run directory.
+
+    observers are called with every `Record`. resume goes on with the run in the recipe's run directory.
+    Raises UserError for what the user can mend, and Stopped after SIGINT or SIGTERM.
+    """
+    check_trackers(recipe.training.trackers)
+    run = RunDirectory.create(recipe.run_directory, resume=resume)
+    if resume:
+        check_same_recipe(recipe, run)
+    accelerator = Accelerator(
+        cpu=recipe.base.device == "cpu", log_with=list(recipe.training.trackers) or None, project_dir=str(run.path)
+    )
+    display = Display(quiet=quiet or not accelerator.is_main_process)
+    # Everything about the data is known before the minutes that loading a large base takes.
+    data = prepare_data(
+        recipe.data, recipe.loss, load_tokenizer(recipe.base), seed=recipe.training.seed, display=display
+    )
+    started = time.monotonic()
+    model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed)
+    display.say(f"base: {recipe.base.model}, {describe_model(model, recipe)}, {time.monotonic() - started:.1f}s")
+    trainer = Trainer(recipe, run, model, data, accelerator, display, observers)
+    if resume:
+        trainer.resume()
+    trainer.preflight()
+    if accelerator.is_main_process and not resume:
+        # From here on it is a run: what failed before this line can simply be started again.
+        write_text(run.recipe_file, to_yaml(recipe))
+    trainer.run()
+    return run
+
+
+def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
+    """Raise RunError, naming the keys, where the recipe isn't the one that the run began with."""
+    now, then = flat(to_dict(recipe)), flat(to_dict(load_recipe(run.recipe_file)))
+    differ = [k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k != "run_directory"]
+    if differ:
+        changes = ", ".join(f"{k}: {then.get(k)} → {now.get(k)}" for k in sorted(differ))
+        raise RunError(f"--resume: the recipe is not the one that {run.path} began with ({changes})")
+
+
+def describe_model(model: Model, recipe: Recipe) -> str:
+    total = sum(p.numel() * p.element_size() for p in model.network.parameters()) / 2**20
+    trainable = sum(p.numel() for p in model.trainable.values())
+    dtype = str(model.compute_dtype).removeprefix("torch.")
+    return (
+        f"{recipe.base.quantization} with {dtype} compute on {model.device.type}, {total:,.0f} MiB,"
+        f" {trainable:,} adapter parameters"
+    )
+
+
+class Trainer:
+    """Holds a run's model, optimizer and counters. `run()` trains to the end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDirectory,
+        model: Model,
+        data: TrainingData,
+        accelerator: Accelerator,
+        display: Display,
+        observers: Sequence[Observer] = (),
+    ):
+        self.recipe, self.training, self.objective = recipe, recipe.training, recipe.loss
+        self.run_directory, self.model, self.data = run, model, data
+        self.accelerator, self.display = accelerator, display
+        if accelerator.num_processes > self.training.pairs_per_step:
+            raise RecipeError(
+                f"training.pairs_per_step got {self.training.pairs_per_step}; it takes at least one pair for"
+                f" each of the {accelerator.num_processes} processes"
+            )
+        if (self.training.eval_every or self.training.best_metric) and not data.eval:
+            raise RecipeError("training.eval_every needs held-out rows: set data.eval, eval_fraction or eval_last")
+        self.optimizer = make_optimizer(self.training, model.trainable)
+        self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
+            model.device.type, enabled=model.compute_dtype == torch.float16
+        )
+        if self.training.gradient_checkpointing:
+            model.checkpoint_layers()
+        self.sampler = StepSampler(len(data.train), self.training.pairs_per_step, self.training.seed)
+        steps = self.sampler.steps(self.training.epochs)
+        self.steps = min(steps, self.training.max_steps or steps)
+        self.state = TrainingState(
+            tokens_per_microbatch=self.training.tokens_per_microbatch, data=data_fingerprint(data.train)
+        )
+        self.observers = [metrics_file(run), display.observe, *observers]
+        if self.training.trackers:
+            self.observers.insert(1, trackers(accelerator, "lora_dpo", to_dict(recipe)))
+        self._signal: int | None = None
+        self._started = (0, 0.0)
+
+    def resume(self) -> None:
+        """Take up the newest checkpoint that verifies. Raises RunError if the data changed since."""
+        for folder in reversed(self.run_directory.checkpoints()):
+            wrong = damage(folder)
+            if wrong:
+                self.display.say(f"passed over {folder.name}: {wrong}")
+                continue
+            state = restore_checkpoint(folder, self.model, self.optimizer)
+            if state.data != self.state.data:
+                raise RunError("--resume: the training data are not those that the run began with")
+            self.state = state
+            if self.scaler.is_enabled() and state.loss_scale:
+                scale = {"scale": state.loss_scale, "_growth_tracker": state.loss_scale_growth}
+                self.scaler.load_state_dict(self.scaler.state_dict() | scale)
+            break
+        if self.accelerator.is_main_process:
+            self.run_directory.drop_records_after(self.state.step)
+        self.display.say(f"resumed after step {self.state.step} of {self.steps}")
+
+    def preflight(self) -> None:
+        preflight(
+            self.model,
+            self.objective,
+            self.data.train,
+            tokens_per_microbatch=self.state.tokens_per_microbatch,
+            fresh_adapter=self.state.step == 0,
+            say=lambda line: self.display.say(f"preflight: {line}"),
+        )
+
+    def run(self) -> None:
+        """Train to the last step, or until early stopping; then write the adapter."""
+        self._started = (self.state.step, time.monotonic())
+        with self._signals(), self.display.training(self.state.step, self.steps):
+            while self.state.step < self.steps and not self._stop_early():
+                metrics = self.step()
+                self._tell("step", metrics)
+                self._evaluate_and_save()
+                if self._signal is not None:
+                    raise Stopped(self._signal, self._save())
+        self._finish()
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+        began = time.monotonic()
+        examples = self.sampler.step(self.state.step)
+        mine = examples[self.accelerator.process_index :: self.accelerator.num_processes]
+        train = self.data.train
+        lengths = torch.tensor([[int(mask.sum()) for mask in train[n].scored] for n in examples])
+        sums = step_gradient(
+            self.model,
+            self.objective,
+            [train[n] for n in mine],
+            count=self.objective.count(lengths),
+            tokens_per_microbatch=self.state.tokens_per_microbatch,
+            seed=step_seed(self.training.seed, self.state.step, self.accelerator.process_index),
+            backward=lambda loss: self.accelerator.backward(self.scaler.scale(loss)),
+        )
+        self.state.tokens_per_microbatch = sums.tokens_per_microbatch
+        rate = learning_rate(self.training, self.state.step, self.steps)
+        set_learning_rate(self.optimizer, rate)
+        norm = self._update()
+        self.state.step += 1
+        metrics = self._means(sums, len(examples))
+        return metrics | {"grad_norm": norm, "learning_rate": rate} | self._speed(metrics["tokens"], examples, began)
+
+    def _update(self) -> float:
+        """Add up the processes' gradients, clip, step the optimizer; returns the norm before clipping."""
+        parameters = list(self.model.trainable.values())
+        if self.accelerator.num_processes > 1:
+            for parameter in parameters:
+                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")  # pyright: ignore
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm or math.inf).item()
+        if not math.isfinite(norm) and not self.scaler.is_enabled():
+            raise RunError(
+                f"step {self.state.step + 1}: the gradient's norm is {norm}; nothing was updated. Try a lower"
+                " training.learning_rate, or base.compute_dtype=float32"
+            )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _means(self, sums: StepSums, examples: int) -> dict[str, float]:
+        """The step's metrics over all processes, read back from the device in one piece."""
+        names = sorted(sums.metrics)
+        values = torch.stack([sums.loss.double(), *(sums.metrics[n].double() for n in names)])
+        values = torch.cat([values, torch.tensor([sums.tokens], dtype=torch.float64, device=values.device)])
+        loss, *totals, tokens = self.accelerator.reduce(values, "sum").tolist()  # pyright: ignore
+        means = {name: total / examples for name, total in zip(names, totals, strict=True)}
+        return {"loss": loss, **means, "tokens": tokens}
+
+    def _speed(self, tokens: float, examples: Sequence[int], began: float) -> dict[str, float]:
+        seconds = max(time.monotonic() - began, 1e-9)
+        first, start = self._started
+        left = (time.monotonic() - start) / (self.state.step - first) * (self.steps - self.state.step)
+        return {
+            "tokens_per_second": tokens / seconds,
+            "pairs_per_second": len(examples) / seconds,
+            "memory_gib": peak_memory_gib(self.model.device),
+            "tokens_per_microbatch": self.state.tokens_per_microbatch,
+            "seconds": seconds,
+            "seconds_left": left,
+        }
+
+    def _evaluate_and_save(self) -> None:
+        step, last = self.state.step, self.state.step == self.steps
+        better = False
+        due = self.training.eval_every and step % self.training.eval_every == 0
+        if self.data.eval and (due or last):
+            better = self._evaluate()
+        due = self.training.save_every and step % self.training.save_every == 0
+        if due or last or better or self._stop_early():
+            self._save()
+
+    def _evaluate(self) -> bool:
+        """Tell the observers the held-out metrics; True if the best metric so far is this one."""
+        result = evaluate(
+            self.model,
+            self.objective,
+            self.data.eval,
+            tokens_per_microbatch=self.state.tokens_per_microbatch,
+        ).means()
+        self._tell("evaluation", {f"eval/{name}": value for name, value in result.items()})
+        metric = self.training.best_metric
+        if metric is None:
+            return False
+        if metric not in result:
+            raise RecipeError(f"training.best_metric got {metric!r}; it takes one of {', '.join(sorted(result))}")
+        value, best = result[metric], self.state.best
+        better = best is None or (value < best if metric == "loss" else value > best)
+        if better:
+            self.state.best, self.state.best_step = value, self.state.step
+        self.state.evaluations_since_best = 0 if better else self.state.evaluations_since_best + 1
+        return better
+
+    def _stop_early(self) -> bool:
+        patience = self.training.early_stopping
+        return patience > 0 and self.state.evaluations_since_best >= patience
+
+    def _tell(self, kind: str, metrics: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            record = Record(kind, self.state.step, self.steps, metrics)  # pyright: ignore[reportArgumentType]
+            for observe in self.observers:
+                observe(record)
+
+    def _save(self) -> Path:
+        folder = self.run_directory.checkpoint_folder(self.state.step)
+        if self.scaler.is_enabled():
+            scale = self.scaler.state_dict()
+            self.state.loss_scale, self.state.loss_scale_growth = scale["scale"], scale["_growth_tracker"]
+        if self.accelerator.is_main_process:
+            save_checkpoint(folder, self.model, self.optimizer, self.state)
+            best = self.run_directory.checkpoint_folder(self.state.best_step) if self.state.best_step else None
+            self.run_directory.forget_checkpoints(self.training.keep_checkpoints, best)
+        self.accelerator.wait_for_everyone()
+        return folder
+
+    def _finish(self) -> None:
+        """Write adapter/: the best checkpoint's where a metric chooses, else the last step's."""
+        run, chosen = self.run_directory, self.state.best_step or self.state.step
+        if chosen != self.state.step:
+            restore_adapter(run.checkpoint_folder(chosen) / "adapter", self.model)
+            self.display.say(f"the best {self.training.best_metric} was at step {chosen}: that adapter is kept")
+        if self.accelerator.is_main_process:
+            write_folder(run.adapter_folder, lambda part: self._fill_adapter(part))
+        self.accelerator.wait_for_everyone()
+        if self.training.trackers:
+            self.accelerator.end_training()
+        took = duration(time.monotonic() - self._started[1])
+        self.display.say(f"trained {self.state.step} steps in {took}; the adapter is in {run.adapter_folder}")
+
+    def _fill_adapter(self, part: Path) -> None:
+        save_adapter(self.model, part)
+        self.data.tokenizer.save(part)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGINT and SIGTERM end the run after the step at hand; a second one ends it at once."""
+
+        def ask(number: int, _: object) -> None:
+            if self._signal is not None:
+                raise KeyboardInterrupt
+            self._signal = number
+            self.display.say("stopping after this step; once more stops at once")
+
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        try:
+            before = [signal.signal(number, ask) for number in numbers]
+        except ValueError:  # not in the main thread: the caller's program owns the signals
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number, handler in zip(numbers, before, strict=True):
+                signal.signal(number, handler)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """CUDA: the most that tensors took so far. CPU: what the process has resident now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return psutil.Process().memory_info().rss / 2**30
+

@@ -1,0 +1,18 @@
+"""Set before any library is imported: no test touches the network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory):
+    """The folder of a random chat model."""
+    from builders import save_small_model
+
+    return save_small_model(tmp_path_factory.mktemp("model"))

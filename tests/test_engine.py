@@ -1,0 +1,150 @@
+"""Packed, prefix-shared log-probs and gradients are those of one sequence at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from builders import (
+    float64_model,
+    float64_throughout,
+    gradient,
+    llama_config,
+    random_branches,
+    relative,
+    single_sequence_logprobs,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Gemma2Config, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
+
+from lora_dpo.batching import collate, pack
+from lora_dpo.logprobs import token_logprobs
+from lora_dpo.losses import DPO
+from lora_dpo.training.step import step_gradient
+
+SHAPES = [(7, (6, 9)), (30, (40, 22)), (1, (5, 3)), (100, (200, 150)), (12, (0, 4)), (0, (4, 5)), (8, (3, 4, 5)[:2])]
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+CONFIGS = {
+    "llama": lambda: llama_config(),
+    "tied head": lambda: llama_config(tie_word_embeddings=True),
+    "qwen2 window": lambda: Qwen2Config(
+        **SMALL, use_sliding_window=True, sliding_window=9, max_window_layers=1  # pyright: ignore
+    ),
+    "qwen3": lambda: Qwen3Config(**SMALL),  # pyright: ignore
+    "mistral window": lambda: MistralConfig(**SMALL, sliding_window=11),  # pyright: ignore
+    "gemma2 softcap": lambda: Gemma2Config(**SMALL, sliding_window=8, query_pre_attn_scalar=16),  # pyright: ignore
+    "gpt2": lambda: GPT2Config(
+        vocab_size=97, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    ),
+}
+
+
+def examples(seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return [random_branches(rng, prefix, rests) for prefix, rests in SHAPES]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_branches_equal_one_sequence_at_a_time_in_float64(name: str):
+    """Log-probs to 1e-9 and adapter gradients to 1e-8, relative, with a random B."""
+    branches = examples()
+    weights = torch.tensor([[1.0, -0.7]], dtype=torch.float64)
+    with float64_throughout():
+        model = float64_model(CONFIGS[name]())
+        alone = torch.stack([single_sequence_logprobs(model, item) for item in branches])
+        (alone * weights).sum().backward()
+        expected = gradient(model)
+        packed = torch.zeros_like(alone)
+        for batch in pack(branches, 300):
+            sums = batch.per_sequence(token_logprobs(model, batch, head_bytes=4 * 97 * 50))
+            (sums * weights).sum().backward()
+            packed[list(batch.examples)] = sums.detach()
+    assert (packed - alone).abs().max() <= 1e-9
+    assert relative(gradient(model), expected) <= 1e-8
+    assert expected.norm() > 1e-3
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    prefix=st.integers(0, 40),
+    rests=st.lists(st.integers(0, 30), min_size=1, max_size=4),
+    merged=st.booleans(),
+)
+def test_any_number_of_rests_of_any_length_is_exact(prefix: int, rests: list[int], merged: bool):
+    """k sides, empty rests and an empty prefix, alone or merged with a neighbour into one masked block."""
+    if prefix + min(rests) < 2:
+        return
+    rng = np.random.default_rng(prefix)
+    item, other = random_branches(rng, prefix, rests), random_branches(rng, 5, [3] * len(rests))
+    with float64_throughout(), torch.no_grad():
+        model = float64_model(llama_config(num_hidden_layers=1))
+        batch = collate([item, other] if merged else [item], range(2 if merged else 1))
+        packed = batch.per_sequence(token_logprobs(model, batch))[0]
+        alone = single_sequence_logprobs(model, item)
+    assert (packed - alone).abs().max() <= 1e-9
+
+
+def test_the_gradient_of_a_step_does_not_depend_on_the_token_budget():
+    """Five budgets, float32, random B: gradients equal to 1e-5 relative."""
+    branches = examples(1)
+    model = float64_model(llama_config())
+    model.network.float()
+    model.compute_dtype = torch.float32
+    gradients = []
+    for budget in (1, 64, 200, 500, 10_000):
+        sums = step_gradient(
+            model, DPO(), branches, count=len(branches), tokens_per_microbatch=budget, seed=0
+        )
+        assert sums.examples == len(branches)
+        gradients.append(gradient(model))
+    for other in gradients[1:]:
+        assert relative(other, gradients[0]) <= 1e-5
+
+
+def test_the_frozen_head_gives_the_same_gradient_as_a_trainable_one():
+    """The gradient finished in forward against autograd's own, with a softcap and a bias-free tied head."""
+    branches = examples(2)
+    with float64_throughout():
+        model = float64_model(CONFIGS["gemma2 softcap"]())
+        batch = collate(branches, range(len(branches)))
+        token_logprobs(model, batch).sum().backward()
+        finished = gradient(model)
+        model.head.weight.requires_grad_(True)
+        token_logprobs(model, batch).sum().backward()
+    assert relative(finished, gradient(model)) <= 1e-12
+    assert model.head.weight.grad is not None and model.head.weight.grad.norm() > 0
+
+
+def test_out_of_memory_halves_the_budget_and_gives_the_same_gradient(monkeypatch: pytest.MonkeyPatch):
+    from lora_dpo.training import step as module
+
+    branches = examples(3)
+    model = float64_model(llama_config())
+    whole = step_gradient(model, DPO(), branches, count=len(branches), tokens_per_microbatch=10_000, seed=0)
+    expected, genuine, failures = gradient(model), module.batch_logprobs, []
+
+    def failing(model, objective, batch):
+        if batch.tokens > 500:
+            failures.append(batch.tokens)
+            raise torch.OutOfMemoryError("simulated")
+        return genuine(model, objective, batch)
+
+    monkeypatch.setattr(module, "batch_logprobs", failing)
+    sums = step_gradient(model, DPO(), branches, count=len(branches), tokens_per_microbatch=10_000, seed=0)
+    assert failures and sums.tokens_per_microbatch < 10_000 == whole.tokens_per_microbatch
+    assert relative(gradient(model), expected) <= 1e-6
+
+
+def test_a_layout_must_be_given():
+    model = float64_model(llama_config())
+    with pytest.raises(ValueError, match="branch_layout"):
+        model.causal(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)

@@ -5,6 +5,7 @@ The public names load on first use, so that `import lora_dpo` and `lora-dpo --he
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from lora_dpo.training import Record, preflight, train
 
 __version__ = "0.1.0"
+
+# bitsandbytes recommends a package that downloads code at run time; the kernels it has are used instead.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in str(record.msg))
 
 _HOMES = {
     "batching": ("MicroBatch", "StepSampler", "pack"),

@@ -142,7 +142,11 @@ def recipe_help(recipe: Recipe) -> str:
     from lora_dpo.recipe import keys_of
 
     script = Path(sys.argv[0]).name
-    lines = [f"usage: python {script} [key=value ...] [--resume]", "", "keys, their values here, what they take:"]
+    lines = [
+        f"usage: python {script} [key=value ...] [--resume]",
+        "",
+        "keys, their values here, what they take:",
+    ]
     lines += [f"  {key}={value}    ({takes})" for key, takes, value in keys_of(recipe)]
     return "\n".join(lines)
 

@@ -54,7 +54,9 @@ def evaluate(
 
     `progress` is told how many examples each micro-batch had.
     """
-    logprobs = score(model, objective, branches, tokens_per_microbatch=tokens_per_microbatch, progress=progress)
+    logprobs = score(
+        model, objective, branches, tokens_per_microbatch=tokens_per_microbatch, progress=progress
+    )
     loss = objective(logprobs)
     rows = {"loss": _example_losses(objective, loss.per_example, logprobs.lengths), **loss.metrics}
     if logprobs.policy.shape[1] == 2:

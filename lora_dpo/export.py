@@ -99,9 +99,7 @@ def merged_network(model: Model, base: Base, dtype: torch.dtype) -> PreTrainedMo
     return plain
 
 
-def _merged_tensors(
-    source: nn.Module, plain: nn.Module, dtype: torch.dtype
-) -> Iterator[tuple[str, Tensor]]:
+def _merged_tensors(source: nn.Module, plain: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) for every parameter and saved buffer of the plain model, from the source's same-named module."""
     saved = set(plain.state_dict().keys())
     for path, module in plain.named_modules():
@@ -121,7 +119,9 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         return tensor.detach().cpu()
     out = tensor.detach().to(device="cpu", dtype=dtype)
     if not bool(torch.isfinite(out).all()):
-        raise ModelError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: export with --dtype bfloat16")
+        raise ModelError(
+            f"{name} does not fit {str(dtype).removeprefix('torch.')}: export with --dtype bfloat16"
+        )
     return out
 
 
@@ -149,17 +149,26 @@ def dequantized(module: nn.Module) -> Tensor:
     return weight
 
 
-def verify_merged(run: FinishedRun, folder: Path, *, dtype: MergedDtype, examples: int = 32) -> MergeDifference:
+def verify_merged(
+    run: FinishedRun, folder: Path, *, dtype: MergedDtype, examples: int = 32
+) -> MergeDifference:
     """Reload the merged model from disk and compare its token log-probs with base + adapter's."""
     held_out = (run.data.eval or run.data.train)[:examples]
     trained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
     with as_reference(run.model):
         base = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
-    network = load_base(Base(str(folder), quantization="none", compute_dtype=dtype, device=run.recipe.base.device))
-    merged = _token_logprobs(Model(network, run.model.tokenizer, network.dtype), held_out, run.tokens_per_microbatch)
+    network = load_base(
+        Base(str(folder), quantization="none", compute_dtype=dtype, device=run.recipe.base.device)
+    )
+    merged = _token_logprobs(
+        Model(network, run.model.tokenizer, network.dtype), held_out, run.tokens_per_microbatch
+    )
     gap = (merged - trained).abs()
     result = MergeDifference(
-        tokens=len(gap), mean=gap.mean().item(), largest=gap.max().item(), update=(trained - base).abs().mean().item()
+        tokens=len(gap),
+        mean=gap.mean().item(),
+        largest=gap.max().item(),
+        update=(trained - base).abs().mean().item(),
     )
     (folder / "export_report.json").write_text(json.dumps(vars(result), indent=1), encoding="utf-8")
     return result

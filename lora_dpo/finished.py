@@ -44,7 +44,11 @@ class Sample:
 
 
 def open_finished(
-    path: str | Path, *, data: str | None = None, display: Display | None = None, overrides: Sequence[str] = ()
+    path: str | Path,
+    *,
+    data: str | None = None,
+    display: Display | None = None,
+    overrides: Sequence[str] = (),
 ) -> FinishedRun:
     """Load a run's base, adapter and data. data: a source to hold out instead of the recipe's own.
 
@@ -53,7 +57,9 @@ def open_finished(
     display = display or Display(quiet=True)
     directory = RunDirectory.open(path)
     if not (directory.adapter_folder / "adapter_model.safetensors").is_file():
-        raise RunError(f"{path} holds no trained adapter yet: its run has not finished (train --resume goes on)")
+        raise RunError(
+            f"{path} holds no trained adapter yet: its run has not finished (train --resume goes on)"
+        )
     recipe = override(load_recipe(directory.recipe_file), overrides)
     if data is not None:
         # The given source is the held-out set; its rows can't leak from the training set that nobody reads.
@@ -92,7 +98,7 @@ def side_by_side(
     display = display or Display(quiet=True)
     chat = run.data.tokenizer
     records = _distinct_prompts(run.data.eval_records)[:count]
-    prompts = [chat.prompt_ids(record) for record in records]
+    prompts = [chat.prompt_ids(record.prompt, record.tools, record.template_kwargs) for record in records]
     texts: dict[str, list[str]] = {}
     with display.counting("generating", 2 * len(prompts)) as advance:
         for role in ("base", "policy"):
@@ -119,7 +125,9 @@ def _preferred(record: Preference | Demonstration) -> Any:
 
 
 def _distinct_prompts(records: Sequence[Preference] | Sequence[Demonstration]) -> list[Any]:
-    return list({json.dumps(record.prompt, sort_keys=True, default=str): record for record in records}.values())
+    return list(
+        {json.dumps(record.prompt, sort_keys=True, default=str): record for record in records}.values()
+    )
 
 
 def shown(turns: Any) -> str:

@@ -1,11 +1,11 @@
 """What a run leaves on disk, and how: whole files, by one rename.
 
-    recipe.yaml        the resolved recipe; `lora-dpo train recipe.yaml` replays it
-    metrics.jsonl      one record a step or evaluation
-    samples.jsonl      generations of base and policy side by side
-    evaluation.json    the last evaluation
-    checkpoints/       step-000120/: adapter, optimizer, counters and a manifest with every file's SHA-256
-    adapter/           the trained adapter, in PEFT's layout
+recipe.yaml        the resolved recipe; `lora-dpo train recipe.yaml` replays it
+metrics.jsonl      one record a step or evaluation
+samples.jsonl      generations of base and policy side by side
+evaluation.json    the last evaluation
+checkpoints/       step-000120/: adapter, optimizer, counters and a manifest with every file's SHA-256
+adapter/           the trained adapter, in PEFT's layout
 """
 
 from __future__ import annotations

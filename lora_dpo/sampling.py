@@ -43,7 +43,7 @@ def _generate(
     model: Model, prompts: Sequence[Sequence[int]], stop_ids: Sequence[int], max_new_tokens: int
 ) -> list[list[int]]:
     longest = max(map(len, prompts))
-    pad = stop_ids[0]
+    pad = stop_ids[0] if stop_ids else 0
     ids = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     output = model.causal.generate(  # pyright: ignore[reportCallIssue]
@@ -56,7 +56,7 @@ def _generate(
         top_k=None,
         repetition_penalty=1.0,
         max_new_tokens=max_new_tokens,
-        eos_token_id=list(stop_ids),
+        eos_token_id=list(stop_ids) or None,
         pad_token_id=pad,
         use_cache=True,
     )

@@ -82,8 +82,11 @@ def random_branches(
 
 @contextmanager
 def float64_throughout():
-    """Rotary embeddings and eager softmax upcast to torch.float32, which would spoil a float64 comparison."""
-    with mock.patch.object(torch, "float32", torch.float64):
+    """Norms, rotary embeddings and eager softmax upcast to float32, which would spoil a float64 comparison."""
+    with (
+        mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+    ):
         yield
 
 
@@ -124,9 +127,7 @@ def small_tokenizer() -> TokenizersBackend:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet)
     core.train_from_iterator(["the cat sat on the mat and the dog ate the red hat in the sun"] * 4, trainer)
-    tokenizer = TokenizersBackend(
-        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>"
-    )
+    tokenizer = TokenizersBackend(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHATML
     return tokenizer
 
@@ -135,7 +136,9 @@ def save_small_model(folder: Path, **changes: Any) -> Path:
     """A random chat model on disk, with its tokenizer: what a user's local folder looks like."""
     tokenizer = small_tokenizer()
     torch.manual_seed(3)
-    config = llama_config(vocab_size=len(tokenizer), eos_token_id=2, bos_token_id=None, pad_token_id=0, **changes)
+    config = llama_config(
+        vocab_size=len(tokenizer), eos_token_id=2, bos_token_id=None, pad_token_id=0, **changes
+    )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -23,7 +23,15 @@ from lora_dpo.logprobs import token_logprobs
 from lora_dpo.losses import DPO
 from lora_dpo.training.step import step_gradient
 
-SHAPES = [(7, (6, 9)), (30, (40, 22)), (1, (5, 3)), (100, (200, 150)), (12, (0, 4)), (0, (4, 5)), (8, (3, 4, 5)[:2])]
+SHAPES = [
+    (7, (6, 9)),
+    (30, (40, 22)),
+    (1, (5, 3)),
+    (100, (200, 150)),
+    (12, (0, 4)),
+    (0, (4, 5)),
+    (8, (3, 4, 5)[:2]),
+]
 SMALL = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -37,7 +45,10 @@ CONFIGS = {
     "llama": lambda: llama_config(),
     "tied head": lambda: llama_config(tie_word_embeddings=True),
     "qwen2 window": lambda: Qwen2Config(
-        **SMALL, use_sliding_window=True, sliding_window=9, max_window_layers=1  # pyright: ignore
+        **SMALL,
+        use_sliding_window=True,
+        sliding_window=9,
+        max_window_layers=1,  # pyright: ignore
     ),
     "qwen3": lambda: Qwen3Config(**SMALL),  # pyright: ignore
     "mistral window": lambda: MistralConfig(**SMALL, sliding_window=11),  # pyright: ignore

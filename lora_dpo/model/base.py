@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,11 @@ import bitsandbytes as bnb
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
 
 from lora_dpo.attention import NAME as BRANCH_ATTENTION
 from lora_dpo.errors import ModelError
 from lora_dpo.recipe import Base
-
-log = logging.getLogger(__name__)
 
 
 def load_base(base: Base) -> PreTrainedModel:
@@ -23,6 +22,8 @@ def load_base(base: Base) -> PreTrainedModel:
 
     Raises ModelError where it cannot be had.
     """
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
     device = pick_device(base)
     dtype = pick_compute_dtype(base, device)
     config = load_config(base)
@@ -72,7 +73,9 @@ def _from_pretrained(auto: Any, base: Base, **arguments: Any) -> Any:
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
-            reason = "it comes with Python code of its own; read that code, then set base.trust_remote_code=true"
+            reason = (
+                "it comes with Python code of its own; read that code, then set base.trust_remote_code=true"
+            )
         raise ModelError(f"base.model {base.model} cannot be loaded: {reason}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.attention import NAME as BRANCH_ATTENTION
 from lora_dpo.errors import ModelError
@@ -67,7 +69,13 @@ class Model:
 
     def checkpoint_layers(self) -> None:
         """Recompute each layer in the backward pass (non-reentrant: keyword arguments and RNG are kept)."""
-        self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        # transformers 5.2x renamed it.
+        enable = getattr(self.causal, "activation_checkpointing_enable", None)
+        if enable is None:
+            self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        else:
+            enable(activation_checkpointing_kwargs=options)
 
 
 def load_model(base: Base, adapter: Adapter | None = None, *, seed: int = 0) -> Model:
@@ -90,11 +98,16 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
         lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=adapter.dropout,
         target_modules=targets,
+        # GPT-2's Conv1D keeps its weight transposed; quantized, it is an ordinary linear layer.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.causal.modules()),
     )
     # The seed stands right before the adapter is made: whatever loaded before it can't move its values.
     torch.manual_seed(seed)
     try:
-        network = get_peft_model(model.causal, config)
+        with warnings.catch_warnings():
+            # peft asks transformers about checkpointing by an older name.
+            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+            network = get_peft_model(model.causal, config)
     except ValueError as error:
         raise ModelError(f"adapter.targets {adapter.targets}: {error}") from error
     return with_adapter(network, model)
@@ -102,13 +115,16 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
 
 def load_adapter(model: Model, folder: str) -> Model:
     """The base with an adapter from a folder, frozen."""
-    network = PeftModel.from_pretrained(model.causal, folder, is_trainable=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        network = PeftModel.from_pretrained(model.causal, folder, is_trainable=False)
     return with_adapter(network, model)
 
 
 def with_adapter(network: PeftModel, model: Model) -> Model:
     adapted = Model(network, model.tokenizer, model.compute_dtype)  # pyright: ignore[reportArgumentType]
     network.train()
+    assert adapted.trainable is not None  # fixed here: what requires a gradient now is what may ever get one
     for layer in adapted.adapter_layers:
         # Autocast makes the products' inputs; peft would keep a float32 copy of each for the backward pass.
         layer.cast_input_dtype_enabled = model.compute_dtype not in (torch.bfloat16, torch.float16)
@@ -157,7 +173,7 @@ def generating(model: Model) -> Iterator[None]:
     """For `generate`: the model's own attention with its mask and cache, no checkpointing, no dropout."""
     for layer in model.checkpointed_layers:
         layer.training = False
-    model.causal.set_attn_implementation("sdpa")
+    model.causal.set_attn_implementation("sdpa" if model.causal._supports_sdpa else "eager")
     try:
         with torch.no_grad(), without_dropout(model), model.autocast():
             yield

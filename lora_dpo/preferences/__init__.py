@@ -11,10 +11,10 @@ from lora_dpo.preferences.loading import (
     load_demonstrations,
     load_preferences,
 )
-from lora_dpo.preferences.records import BadRow, Demonstration, Message, Preference, Where
+from lora_dpo.preferences.records import BadRowError, Demonstration, Message, Preference, Where
 
 __all__ = [
-    "BadRow",
+    "BadRowError",
     "Demonstration",
     "Loaded",
     "Message",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lora_dpo.preferences.demonstrations import ANSWERS, read_response
 from lora_dpo.preferences.layouts import read_pair, shown_columns
-from lora_dpo.preferences.records import Demonstration, Preference, Refusal, Row, Where
+from lora_dpo.preferences.records import Demonstration, Preference, RefusalError, Row, Where
 from lora_dpo.preferences.validate import (
     check_prompt,
     check_response,
@@ -39,7 +39,7 @@ def text_preference(row: Row, where: Where) -> Preference:
     """prompt, chosen, rejected: strings, verbatim. Without a prompt, the two sides are whole texts."""
     for side in ("chosen", "rejected"):
         if side not in row:
-            raise Refusal(f"missing {side}", f"the columns are {shown_columns(row)}")
+            raise RefusalError(f"missing {side}", f"the columns are {shown_columns(row)}")
     prompt = check_text(row.get("prompt", ""), "prompt")
     chosen = check_text_response(row["chosen"], "chosen")
     rejected = check_text_response(row["rejected"], "rejected")
@@ -52,14 +52,14 @@ def text_demonstration(row: Row, where: Where) -> Demonstration:
     columns = (*ANSWERS, "chosen", "text")
     column = next((column for column in columns if column in row), None)
     if column is None:
-        raise Refusal("missing response", f"none of {', '.join(columns)} in {shown_columns(row)}")
+        raise RefusalError("missing response", f"none of {', '.join(columns)} in {shown_columns(row)}")
     prompt = check_text(row.get("prompt", ""), "prompt")
     return Demonstration(prompt, check_text_response(row[column], column), where)
 
 
 def _check_different(chosen: object, rejected: object) -> None:
     if chosen == rejected:
-        raise Refusal("identical sides", "chosen and rejected are the same")
+        raise RefusalError("identical sides", "chosen and rejected are the same")
 
 
 PREFERENCES: dict[str, Callable[[Row, Where], Preference]] = {

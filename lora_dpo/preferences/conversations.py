@@ -7,7 +7,7 @@ import re
 import reprlib
 from typing import Any
 
-from lora_dpo.preferences.records import Message, Messages, Refusal, Row
+from lora_dpo.preferences.records import Message, Messages, RefusalError, Row
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
@@ -44,18 +44,18 @@ def messages(value: object, role: str) -> Messages:
         return (_message(value),)
     if isinstance(value, (list, tuple)):
         return tuple(_message(item) for item in value)
-    raise Refusal("content is not text", f"neither text nor messages but {shown(value)}")
+    raise RefusalError("content is not text", f"neither text nor messages but {shown(value)}")
 
 
 def _message(value: object) -> Message:
     if not isinstance(value, dict):
-        raise Refusal("not a message", f"expected an object with role and content, got {shown(value)}")
+        raise RefusalError("not a message", f"expected an object with role and content, got {shown(value)}")
     present = {str(key): item for key, item in value.items() if item is not None}
     if "role" not in present and "from" in present:
         return _sharegpt_message(present)
     role = present.get("role")
     if role not in ROLES:
-        raise Refusal("unknown role", f"{shown(role)}; the roles are {', '.join(ROLES)}")
+        raise RefusalError("unknown role", f"{shown(role)}; the roles are {', '.join(ROLES)}")
     if "content" not in present and present.get("tool_calls"):
         present["content"] = ""  # templates may print an absent content as "None"
     return present
@@ -68,7 +68,7 @@ def _sharegpt_message(value: Message) -> Message:
     role = SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         known = ", ".join([*SHAREGPT_ROLES, "function_call"])
-        raise Refusal("unknown role", f"{shown(speaker)}; the speakers are {known}")
+        raise RefusalError("unknown role", f"{shown(speaker)}; the speakers are {known}")
     return {"role": role, "content": content, **value}
 
 
@@ -80,7 +80,7 @@ def _tool_calls(text: object) -> list[dict[str, Any]]:
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
-        raise Refusal("malformed tool call", f"expected JSON of name and arguments, got {shown(text)}")
+        raise RefusalError("malformed tool call", f"expected JSON of name and arguments, got {shown(text)}")
     return [{"type": "function", "function": call} for call in calls]
 
 
@@ -116,7 +116,7 @@ def split_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages
             shared -= 1
     roles = [side[shared]["role"] if side else None for side in (chosen, rejected)]
     if roles != ["assistant", "assistant"]:
-        raise Refusal(
+        raise RefusalError(
             "prompts differ", f"message {shared + 1} differs or ends a side, and is not the assistant's"
         )
     return chosen[:shared], chosen[shared:], rejected[shared:]
@@ -147,11 +147,11 @@ def split_transcripts(chosen: object, rejected: object) -> tuple[Messages, Messa
     sides: list[Messages] = []
     for side, text in (("chosen", chosen), ("rejected", rejected)):
         if not isinstance(text, str) or not is_transcript(text):
-            raise Refusal("not a transcript", rf"{side} does not begin with '\n\nHuman:': {shown(text)}")
+            raise RefusalError("not a transcript", rf"{side} does not begin with '\n\nHuman:': {shown(text)}")
         sides.append(transcript(text))
     first, second = sides
     if first[:-1] != second[:-1]:
-        raise Refusal("prompts differ", "the transcripts differ before their last turn")
+        raise RefusalError("prompts differ", "the transcripts differ before their last turn")
     return first[:-1], first[-1:], second[-1:]
 
 

@@ -13,14 +13,14 @@ from collections.abc import Generator, Iterator
 from typing import IO, Any
 
 from lora_dpo.errors import DataError
-from lora_dpo.preferences.records import BadRow, RawRow, Refusal, Where
+from lora_dpo.preferences.records import BadRowError, RawRow, RefusalError, Where
 
 WRAPPERS = ("data", "rows")
 BOM = b"\xef\xbb\xbf"
 _space = re.compile(r"[ \t\r\n]*")
 
 
-class Malformed(Exception):
+class MalformedError(Exception):
     """The text at this place is not JSON."""
 
 
@@ -39,18 +39,18 @@ class _Parser:
         return result
 
     def read(self, text: str, start: int) -> tuple[object, int]:
-        """The value that begins at `start` (or a `Refusal` of it) and where it ends."""
+        """The value that begins at `start` (or a `RefusalError` of it) and where it ends."""
         self._duplicate = None
         try:
             value, end = self._decoder.raw_decode(text, start)
         except json.JSONDecodeError as error:
-            raise Malformed(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+            raise MalformedError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
         except RecursionError:
-            raise Malformed("nested too deeply") from None
+            raise MalformedError("nested too deeply") from None
         except ValueError as error:  # an integer with thousands of digits
-            raise Malformed(str(error)) from None
+            raise MalformedError(str(error)) from None
         if self._duplicate is not None:
-            return Refusal("malformed JSON", f"duplicate key {self._duplicate!r}"), end
+            return RefusalError("malformed JSON", f"duplicate key {self._duplicate!r}"), end
         return value, end
 
 
@@ -73,14 +73,14 @@ def _line(parser: _Parser, line: bytes) -> object:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        return Refusal("invalid UTF-8", f"byte {error.start + 1} of the line: {error.reason}")
+        return RefusalError("invalid UTF-8", f"byte {error.start + 1} of the line: {error.reason}")
     try:
         value, end = parser.read(text, skip_space(text, 0))
-    except Malformed as error:
+    except MalformedError as error:
         # The place is within the line; "line 1" would contradict the row.
-        return Refusal("malformed JSON", str(error).replace("at line 1 column", "at column"))
+        return RefusalError("malformed JSON", str(error).replace("at line 1 column", "at column"))
     if (rest := skip_space(text, end)) < len(text):
-        return Refusal("malformed JSON", f"text after the value at column {rest + 1}")
+        return RefusalError("malformed JSON", f"text after the value at column {rest + 1}")
     return value
 
 
@@ -136,14 +136,14 @@ class _Document:
             for key, position in self._members(start):
                 if key in WRAPPERS and self._at(position) == "[":
                     return position
-        except Malformed:
+        except MalformedError:
             return None
         return None
 
     def is_one_object(self, start: int) -> bool:
         try:
             _, end = self._parser.read(self._text, start)
-        except Malformed:
+        except MalformedError:
             return False
         return skip_space(self._text, end) == len(self._text)
 
@@ -166,8 +166,10 @@ class _Document:
                         raise DataError(f"{self._name}: holds more than one list of rows")
                     _, position = self._parser.read(self._text, start)
                     position = skip_space(self._text, position)
-        except Malformed as error:
-            raise BadRow(Where(self._name, self._row), "malformed JSON", f"after this row: {error}") from None
+        except MalformedError as error:
+            raise BadRowError(
+                Where(self._name, self._row), "malformed JSON", f"after this row: {error}"
+            ) from None
         if self._at(position) != "}":
             raise self._malformed("the object is not closed", position)
         self.expect_end(position + 1)
@@ -179,7 +181,7 @@ class _Document:
             key, end = self._parser.read(self._text, position)
             end = skip_space(self._text, end)
             if self._at(end) != ":":
-                raise Malformed("expected ':'")
+                raise MalformedError("expected ':'")
             value = skip_space(self._text, end + 1)
             yield key, value
             _, end = self._parser.read(self._text, value)
@@ -191,19 +193,19 @@ class _Document:
     def _value(self, position: int) -> tuple[object, int]:
         try:
             return self._parser.read(self._text, position)
-        except Malformed as error:
-            raise BadRow(Where(self._name, self._row), "malformed JSON", str(error)) from None
+        except MalformedError as error:
+            raise BadRowError(Where(self._name, self._row), "malformed JSON", str(error)) from None
 
     def _checked(self, value: object, start: int, end: int) -> object:
         try:
             self._text[start:end].encode("utf-8")
         except UnicodeEncodeError:
-            return Refusal("invalid UTF-8", "the row holds bytes that are no UTF-8")
+            return RefusalError("invalid UTF-8", "the row holds bytes that are no UTF-8")
         return value
 
     def _at(self, position: int) -> str:
         return self._text[position : position + 1]
 
-    def _malformed(self, what: str, position: int) -> BadRow:
+    def _malformed(self, what: str, position: int) -> BadRowError:
         line = self._text.count("\n", 0, position) + 1
-        return BadRow(Where(self._name, self._row), "malformed JSON", f"{what} at line {line}")
+        return BadRowError(Where(self._name, self._row), "malformed JSON", f"{what} at line {line}")

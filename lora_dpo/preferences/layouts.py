@@ -19,7 +19,7 @@ from lora_dpo.preferences.conversations import (
     with_system,
 )
 from lora_dpo.preferences.ranked import CANDIDATE_LAYOUTS, best_and_worst, is_labelled, is_ranked
-from lora_dpo.preferences.records import Messages, Refusal, Row
+from lora_dpo.preferences.records import Messages, RefusalError, Row
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _without_repeated_prompt(row: Row, sides: Sides) -> Sides:
     wanted = [_plain(message) for message in column]
     if any(plain[start : start + len(wanted)] == wanted for start in range(len(plain) - len(wanted) + 1)):
         return sides
-    raise Refusal(
+    raise RefusalError(
         "prompts differ", f"chosen and rejected do not both begin with the prompt {shown(row['prompt'])}"
     )
 
@@ -98,12 +98,12 @@ def alpaca_prompt(row: Row) -> Messages:
     """
     instruction, extra = row["instruction"], row.get("input", "")
     if not isinstance(instruction, str) or not isinstance(extra, str):
-        raise Refusal("content is not text", f"instruction or input is {shown([instruction, extra])}")
+        raise RefusalError("content is not text", f"instruction or input is {shown([instruction, extra])}")
     earlier = row.get("history") or []
     if not isinstance(earlier, list) or not all(
         isinstance(turn, list) and len(turn) == 2 for turn in earlier
     ):
-        raise Refusal("malformed history", f"expected a list of [user, assistant], got {shown(earlier)}")
+        raise RefusalError("malformed history", f"expected a list of [user, assistant], got {shown(earlier)}")
     turns = [
         {"role": role, "content": text}
         for turn in earlier
@@ -200,10 +200,10 @@ def read_pair(row: Row) -> Sides:
             return layout.read(row)
     for side in ("chosen", "rejected"):
         if side not in row and {"chosen", "rejected"} & row.keys():
-            raise Refusal(f"missing {side}", f"the columns are {shown_columns(row)}")
+            raise RefusalError(f"missing {side}", f"the columns are {shown_columns(row)}")
     if has_pair(row):
         detail = "chosen and rejected are text, but no transcripts; rendered text needs data.format=text"
-        raise Refusal("missing prompt", detail)
+        raise RefusalError("missing prompt", detail)
     raise unknown_columns(row, PREFERENCE_LAYOUTS)
 
 
@@ -211,6 +211,6 @@ def shown_columns(row: Row) -> str:
     return ", ".join(map(shown, row)) or "none"
 
 
-def unknown_columns(row: Row, layouts: tuple[Layout, ...]) -> Refusal:
+def unknown_columns(row: Row, layouts: tuple[Layout, ...]) -> RefusalError:
     understood = "; ".join(f"{layout.name} ({layout.columns})" for layout in layouts)
-    return Refusal("unknown columns", f"{shown_columns(row)}. Understood are: {understood}")
+    return RefusalError("unknown columns", f"{shown_columns(row)}. Understood are: {understood}")

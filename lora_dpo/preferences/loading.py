@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from lora_dpo.preferences.mixture import (
     sample,
     without_prompts,
 )
-from lora_dpo.preferences.records import BadRow, Demonstration, Preference, Refusal, Row, Where
+from lora_dpo.preferences.records import BadRowError, Demonstration, Preference, RefusalError, Row, Where
 from lora_dpo.preferences.sources import rows_of, source_name
 from lora_dpo.recipe import Data, Source
 
@@ -95,11 +96,11 @@ class _Reader(Generic[Record]):
         """The usable records before the source's last `last` rows, and among those."""
         places: list[tuple[int, Record]] = []
         count = 0
-        rows = itertools.islice(rows_of(source.rows, self._base_dir), source.limit)
-        for count, (where, raw) in enumerate(rows, start=1):
-            record = self._record(where, raw)
-            if record is not None:
-                places.append((count, record))
+        with contextlib.closing(rows_of(source.rows, self._base_dir)) as rows:
+            for count, (where, raw) in enumerate(itertools.islice(rows, source.limit), start=1):
+                record = self._record(where, raw)
+                if record is not None:
+                    places.append((count, record))
         if count == 0:
             raise DataError(f"{source_name(source.rows)}: there are no rows")
         if last >= count:
@@ -113,22 +114,22 @@ class _Reader(Generic[Record]):
     def _record(self, where: Where, raw: object) -> Record | None:
         try:
             return self._build(_row(raw), where)
-        except Refusal as error:
+        except RefusalError as error:
             refusal = error
         except RecursionError:  # comparing or describing what the parser could just read
-            refusal = Refusal("nested too deeply")
+            refusal = RefusalError("nested too deeply")
         if not self._skip:
-            raise BadRow(where, refusal.reason, refusal.detail, SKIP_HINT)
+            raise BadRowError(where, refusal.reason, refusal.detail, SKIP_HINT)
         self.skipped[refusal.reason] += 1
         self.first_skipped.setdefault(refusal.reason, where)
         return None
 
 
 def _row(raw: object) -> Row:
-    if isinstance(raw, Refusal):
+    if isinstance(raw, RefusalError):
         raise raw
     if not isinstance(raw, Mapping):
-        raise Refusal("not an object", f"a row must be an object, this one is a {type(raw).__name__}")
+        raise RefusalError("not an object", f"a row must be an object, this one is a {type(raw).__name__}")
     return {str(column): value for column, value in raw.items() if value is not None}
 
 

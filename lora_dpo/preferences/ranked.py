@@ -1,8 +1,8 @@
 """Rows with several responses: the best and the worst become the pair.
 
 A higher grade ("score", "rating", "overall_score") is better, a lower rank ("rank", "ranking") is better.
-They stand in the responses, or in a list beside them in the same order. Of equally good responses the first is
-the best, of equally bad ones the last is the worst.
+They stand in the responses, or in a list beside them in the same order. Of equally good responses the first
+is the best, of equally bad ones the last is the worst.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from lora_dpo.preferences.conversations import shown
-from lora_dpo.preferences.records import Refusal, Row
+from lora_dpo.preferences.records import RefusalError, Row
 
 RESPONSES = ("responses", "completions", "answers")
 TEXTS = ("response", "text", "content", "completion", "answer")
@@ -46,12 +46,12 @@ def _of_ranked(row: Row) -> tuple[object, object]:
     column = next(column for column in RESPONSES if column in row)
     responses = row[column]
     if not isinstance(responses, (list, tuple)) or len(responses) < 2:
-        raise Refusal("fewer than two responses", f"{column} is {shown(responses)}")
+        raise RefusalError("fewer than two responses", f"{column} is {shown(responses)}")
     merits = _merits(row, responses)
     best = max(range(len(merits)), key=lambda index: (merits[index], -index))
     worst = min(range(len(merits)), key=lambda index: (merits[index], -index))
     if merits[best] == merits[worst]:
-        raise Refusal("all responses have the same score")
+        raise RefusalError("all responses have the same score")
     return _text(responses[best]), _text(responses[worst])
 
 
@@ -61,13 +61,15 @@ def _merits(row: Row, responses: list | tuple) -> list[float]:
         for column in columns:
             if isinstance(beside := row.get(column), (list, tuple)):
                 if len(beside) != len(responses):
-                    raise Refusal("missing score", f"{len(beside)} {column} for {len(responses)} responses")
+                    raise RefusalError(
+                        "missing score", f"{len(beside)} {column} for {len(responses)} responses"
+                    )
                 return [sign * _number(value, column) for value in beside]
     for keys, sign in ((GRADES, 1.0), (RANKS, -1.0)):
         for key in keys:
             if all(isinstance(response, dict) and response.get(key) is not None for response in responses):
                 return [sign * _number(response[key], key) for response in responses]
-    raise Refusal("missing score", "the responses have no score, rating or rank that all of them share")
+    raise RefusalError("missing score", "the responses have no score, rating or rank that all of them share")
 
 
 def _number(value: object, name: str) -> float:
@@ -78,7 +80,7 @@ def _number(value: object, name: str) -> float:
     except (ValueError, OverflowError):
         number = math.nan
     if math.isnan(number):
-        raise Refusal("score is not a number", f"{name} is {shown(value)}")
+        raise RefusalError("score is not a number", f"{name} is {shown(value)}")
     return number
 
 
@@ -88,7 +90,7 @@ def _text(response: object) -> object:
     for key in TEXTS:
         if response.get(key) is not None:
             return response[key]
-    raise Refusal("content is not text", f"a response has none of {', '.join(TEXTS)}: {shown(response)}")
+    raise RefusalError("content is not text", f"a response has none of {', '.join(TEXTS)}: {shown(response)}")
 
 
 def _of_labelled(row: Row) -> tuple[object, object]:
@@ -97,6 +99,6 @@ def _of_labelled(row: Row) -> tuple[object, object]:
     names = {name: index for index, column in enumerate(pair) for name in (column, column[-1])}
     text = label.lower() if isinstance(label, str) else str(label) if type(label) is int else ""
     if text not in names:
-        raise Refusal("unknown label", f"{shown(label)} names neither {pair[0]} nor {pair[1]}")
+        raise RefusalError("unknown label", f"{shown(label)} names neither {pair[0]} nor {pair[1]}")
     better = names[text]
     return row[pair[better]], row[pair[1 - better]]

@@ -56,8 +56,8 @@ class Demonstration:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Refusal(Exception):
-    """Why a row cannot be used, before its place is known; `BadRow` is what a user sees.
+class RefusalError(Exception):
+    """Why a row cannot be used, before its place is known; `BadRowError` is what a user sees.
 
     reason: short and stable, rows are counted by it. detail: what was found in this row.
     """
@@ -68,7 +68,7 @@ class Refusal(Exception):
         self.detail = detail
 
 
-class BadRow(DataError):
+class BadRowError(DataError):
     """A row that cannot be used: "{file} row {row}: {reason}: {detail}"."""
 
     def __init__(self, where: Where, reason: str, detail: str = "", hint: str = "") -> None:
@@ -81,5 +81,5 @@ class BadRow(DataError):
         self.detail = detail
 
 
-RawRow = tuple[Where, "object | Refusal"]
+RawRow = tuple[Where, "object | RefusalError"]
 """What readers give: a row as it was read, or why that row alone could not be read."""

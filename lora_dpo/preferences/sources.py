@@ -10,7 +10,7 @@ import gzip
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -19,7 +19,11 @@ from lora_dpo.preferences.json_rows import read_json, read_jsonl
 from lora_dpo.preferences.records import RawRow, Where
 from lora_dpo.preferences.tables import read_arrow, read_csv, read_dataset, read_parquet
 
-READERS: dict[str, Callable[[IO[bytes], str], Iterator[RawRow]]] = {
+Rows = Generator[RawRow, None, None]
+"""Closing it closes the file."""
+
+Reader = Callable[[IO[bytes], str], Iterator[RawRow]]
+READERS: dict[str, Reader] = {
     ".json": read_json,
     ".jsonl": read_jsonl,
     ".ndjson": read_jsonl,
@@ -38,7 +42,7 @@ def source_name(path: object) -> str:
     return path if isinstance(path, str) else IN_MEMORY
 
 
-def rows_of(path: Any, base_dir: Path | None = None) -> Iterator[RawRow]:
+def rows_of(path: Any, base_dir: Path | None = None) -> Rows:
     """The rows of one source, in their order.
 
     path: a file, "folder", "folder:split", "folder:config:split", "org/name", "org/name:split",
@@ -57,7 +61,7 @@ def rows_of(path: Any, base_dir: Path | None = None) -> Iterator[RawRow]:
     return _rows_of_hub(match["id"], first if second else None, second or first or "train", path)
 
 
-def _rows_in_memory(rows: Any) -> Iterator[RawRow]:
+def _rows_in_memory(rows: Any) -> Rows:
     if isinstance(rows, Mapping):
         names = ", ".join(map(str, rows))
         raise DataError(
@@ -111,7 +115,7 @@ def _not_found(path: str, base_dir: Path | None) -> str:
     return text + (f"; did you mean {wanted.parent / nearest[0]}?" if nearest else "")
 
 
-def _rows_of_local(local: Path, parts: list[str], name: str) -> Iterator[RawRow]:
+def _rows_of_local(local: Path, parts: list[str], name: str) -> Rows:
     if local.is_dir():
         return _rows_of_folder(local, parts, name)
     if parts:
@@ -119,7 +123,7 @@ def _rows_of_local(local: Path, parts: list[str], name: str) -> Iterator[RawRow]
     return _rows_of_file(local, name)
 
 
-def _rows_of_file(path: Path, name: str) -> Iterator[RawRow]:
+def _rows_of_file(path: Path, name: str) -> Rows:
     reader = _reader(path.name)
     if reader is None:
         known = ", ".join(READERS)
@@ -138,11 +142,11 @@ def _open(path: Path) -> IO[bytes]:
     return cast("IO[bytes]", gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
-def _reader(file_name: str) -> Callable[[IO[bytes], str], Iterator[RawRow]] | None:
+def _reader(file_name: str) -> Reader | None:
     return READERS.get(Path(file_name.lower().removesuffix(".gz")).suffix)
 
 
-def _rows_of_folder(folder: Path, parts: list[str], name: str) -> Iterator[RawRow]:
+def _rows_of_folder(folder: Path, parts: list[str], name: str) -> Rows:
     for part in parts[:-1]:
         folder = folder / part
     split = parts[-1] if parts else None
@@ -151,7 +155,12 @@ def _rows_of_folder(folder: Path, parts: list[str], name: str) -> Iterator[RawRo
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _rows_of_saved_dataset(folder, split, name)
     files = _data_files(folder, split, name)
-    return (row for file in files for row in _rows_of_file(file, str(file)))
+    return _rows_of_files(files)
+
+
+def _rows_of_files(files: list[Path]) -> Rows:
+    for file in files:
+        yield from _rows_of_file(file, str(file))
 
 
 def _data_files(folder: Path, split: str | None, name: str) -> list[Path]:
@@ -187,7 +196,7 @@ def _split_of(file: Path, folder: Path) -> str:
     return _shard.sub("", Path(file.name.removesuffix(".gz")).stem)
 
 
-def _rows_of_saved_dataset(folder: Path, split: str | None, name: str) -> Iterator[RawRow]:
+def _rows_of_saved_dataset(folder: Path, split: str | None, name: str) -> Rows:
     import datasets
 
     try:
@@ -206,7 +215,7 @@ def _rows_of_saved_dataset(folder: Path, split: str | None, name: str) -> Iterat
     return read_dataset(saved, name)
 
 
-def _rows_of_hub(repository: str, config: str | None, split: str, name: str) -> Iterator[RawRow]:
+def _rows_of_hub(repository: str, config: str | None, split: str, name: str) -> Rows:
     import datasets
 
     try:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import IO, Any
 
 from lora_dpo.errors import DataError
-from lora_dpo.preferences.records import BadRow, RawRow, Refusal, Where
+from lora_dpo.preferences.records import BadRowError, RawRow, RefusalError, Where
 
 BATCH_ROWS = 1000
 LONGEST_FIELD = 2**31 - 1
@@ -18,19 +19,18 @@ LONGEST_FIELD = 2**31 - 1
 def read_csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     """Rows under a header. A cell that begins with "[{" and is JSON is read as a list (messages, tools)."""
     csv.field_size_limit(LONGEST_FIELD)  # Python's default of 128 KiB is shorter than some conversations
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    # strict: without it an unclosed quote swallows the rest of the file in silence
-    records = csv.reader(text, strict=True)
     number = 0
     try:
-        header = next(records, [])
-        _check_header(header, name)
-        for cells in records:
-            if cells:
+        with io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
+            # strict: without it an unclosed quote swallows the rest of the file in silence
+            records = csv.reader(text, strict=True)
+            header = next(records, [])
+            _check_header(header, name)
+            for cells in filter(None, records):
                 number += 1
                 yield Where(name, number), _csv_row(header, cells)
     except csv.Error as error:
-        raise BadRow(Where(name, number + 1), "malformed CSV", str(error)) from None
+        raise BadRowError(Where(name, number + 1), "malformed CSV", str(error)) from None
 
 
 def _check_header(header: list[str], name: str) -> None:
@@ -43,11 +43,11 @@ def _check_header(header: list[str], name: str) -> None:
 
 def _csv_row(header: list[str], cells: list[str]) -> object:
     if len(cells) != len(header):
-        return Refusal("malformed CSV", f"{len(cells)} fields where the header has {len(header)}")
+        return RefusalError("malformed CSV", f"{len(cells)} fields where the header has {len(header)}")
     try:
         "".join(cells).encode("utf-8")
     except UnicodeEncodeError:
-        return Refusal("invalid UTF-8", "the row holds bytes that are no UTF-8")
+        return RefusalError("invalid UTF-8", "the row holds bytes that are no UTF-8")
     return {column: _cell(cell) for column, cell in zip(header, cells, strict=True)}
 
 
@@ -61,31 +61,34 @@ def _cell(text: str) -> object:
 
 
 def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with _damage_reported(name, "Parquet"):
         file = pq.ParquetFile(stream)
         yield from _batch_rows(file.iter_batches(batch_size=BATCH_ROWS), name)
-    except pa.ArrowException as error:
-        raise DataError(f"{name}: cannot be read as Parquet: {error}") from None
 
 
 def read_arrow(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     """The IPC file format, or the IPC stream format that `datasets` writes."""
     import pyarrow as pa
 
-    is_file_format = stream.read(6) == b"ARROW1"
-    stream.seek(0)
-    try:
+    with _damage_reported(name, "Arrow"):
+        is_file_format = stream.read(6) == b"ARROW1"
+        stream.seek(0)
         if is_file_format:
             file = pa.ipc.open_file(stream)
             batches = (file.get_batch(index) for index in range(file.num_record_batches))
         else:
             batches = iter(pa.ipc.open_stream(stream))
         yield from _batch_rows(batches, name)
-    except pa.ArrowException as error:
-        raise DataError(f"{name}: cannot be read as Arrow: {error}") from None
+
+
+@contextlib.contextmanager
+def _damage_reported(name: str, kind: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a damaged file makes pyarrow raise errors of many types
+        raise DataError(f"{name}: cannot be read as {kind}: {error}") from error
 
 
 def _batch_rows(batches: Iterable[Any], name: str) -> Iterator[RawRow]:
@@ -97,25 +100,17 @@ def _batch_rows(batches: Iterable[Any], name: str) -> Iterator[RawRow]:
 
 
 def _rows_of_batch(batch: Any) -> list[object]:
+    """The rows of a pyarrow.RecordBatch; a row whose values are damaged becomes a `RefusalError`."""
     try:
+        batch.validate(full=True)  # converting unchecked values of a damaged file can crash the process
         return [without_absent(row) for row in batch.to_pylist()]
-    except ValueError:
-        if batch.num_rows > 1:  # one bad value hides the others: find its row
+    except (ValueError, OverflowError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        if batch.num_rows > 1:  # find its row
             return [row for index in range(batch.num_rows) for row in _rows_of_batch(batch.slice(index, 1))]
-        return [_refused_batch(batch)]
+        return [RefusalError("invalid UTF-8" if "UTF8" in str(error) else "unreadable value", str(error))]
 
 
-def _refused_batch(batch: Any) -> Refusal:
-    try:
-        batch.to_pylist()
-    except UnicodeDecodeError as error:
-        return Refusal("invalid UTF-8", f"byte {error.start + 1} of a value: {error.reason}")
-    except ValueError as error:
-        return Refusal("unreadable value", str(error))
-    raise AssertionError("only called for a batch that cannot be converted")
-
-
-def read_dataset(dataset: Any, name: str) -> Iterator[RawRow]:
+def read_dataset(dataset: Any, name: str) -> Generator[RawRow, None, None]:
     """The rows of a `datasets.Dataset` or `IterableDataset`."""
     if hasattr(dataset, "with_format"):
         dataset = dataset.with_format(None)

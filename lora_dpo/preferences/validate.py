@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_dpo.preferences.conversations import shown
-from lora_dpo.preferences.records import Message, Messages, Refusal, Row
+from lora_dpo.preferences.records import Message, Messages, RefusalError, Row
 
 DEEPEST = 64
 _may_follow = {
@@ -25,11 +25,11 @@ def check_prompt(prompt: Messages) -> None:
     _check_turns(prompt, None, "prompt")
     last = prompt[-1]["role"] if prompt else None
     if last not in ("user", "tool"):
-        raise Refusal(
+        raise RefusalError(
             "roles out of order", f"the prompt must end with user or tool, not with {last or 'nothing'}"
         )
     if last == "user" and not prompt[-1]["content"].strip():
-        raise Refusal("empty prompt", "the prompt's last message has no text")
+        raise RefusalError("empty prompt", "the prompt's last message has no text")
 
 
 def check_response(prompt: Messages, response: Messages, side: str) -> None:
@@ -39,7 +39,9 @@ def check_response(prompt: Messages, response: Messages, side: str) -> None:
     """
     last = response[-1]["role"] if response else None
     if last != "assistant":
-        raise Refusal("roles out of order", f"{side} must end with assistant, not with {last or 'nothing'}")
+        raise RefusalError(
+            "roles out of order", f"{side} must end with assistant, not with {last or 'nothing'}"
+        )
     _check_turns(response, prompt[-1]["role"], side)
     for message in response:
         if (
@@ -47,13 +49,13 @@ def check_response(prompt: Messages, response: Messages, side: str) -> None:
             and not message["content"].strip()
             and not message.get("tool_calls")
         ):
-            raise Refusal("empty response", f"{side} has an assistant message without text")
+            raise RefusalError("empty response", f"{side} has an assistant message without text")
 
 
 def check_text(value: object, name: str) -> str:
     """The value, if it is a string that can be encoded."""
     if not isinstance(value, str):
-        raise Refusal("content is not text", f"{name} is {shown(value)}")
+        raise RefusalError("content is not text", f"{name} is {shown(value)}")
     check_unicode(value, name)
     return value
 
@@ -62,7 +64,7 @@ def check_text_response(value: object, name: str) -> str:
     """The value, if it is a string with more than white space."""
     text = check_text(value, name)
     if not text.strip():
-        raise Refusal("empty response", f"{name} has no text")
+        raise RefusalError("empty response", f"{name} has no text")
     return text
 
 
@@ -71,7 +73,7 @@ def _check_turns(turns: Messages, previous: str | None, side: str) -> None:
         role = message["role"]
         if role not in _may_follow[previous]:
             after = f"after {previous}" if previous else "at the beginning"
-            raise Refusal("roles out of order", f"{side} message {number} is {role} {after}")
+            raise RefusalError("roles out of order", f"{side} message {number} is {role} {after}")
         previous = role
         _check_content(message, f"{side} message {number} ({role})")
 
@@ -83,7 +85,9 @@ def _check_content(message: Message, name: str) -> None:
             check_unicode(value, f"{key!r} of {name}")
     calls = message.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise Refusal("malformed tool call", f"tool_calls of {name} is {shown(calls)}, not a list of objects")
+        raise RefusalError(
+            "malformed tool call", f"tool_calls of {name} is {shown(calls)}, not a list of objects"
+        )
 
 
 def check_unicode(value: object, name: str, depth: int = 0) -> None:
@@ -92,9 +96,9 @@ def check_unicode(value: object, name: str, depth: int = 0) -> None:
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise Refusal("invalid Unicode", f"{name} has a lone surrogate at {error.start}") from None
+            raise RefusalError("invalid Unicode", f"{name} has a lone surrogate at {error.start}") from None
     elif depth == DEEPEST:
-        raise Refusal("nested too deeply", f"{name} is nested more than {DEEPEST} deep")
+        raise RefusalError("nested too deeply", f"{name} is nested more than {DEEPEST} deep")
     elif isinstance(value, (list, tuple)):
         for item in value:
             check_unicode(item, name, depth + 1)
@@ -110,7 +114,7 @@ def tools_of(row: Row) -> tuple[dict[str, Any], ...] | None:
     if tools is None:
         return None
     if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, dict) for tool in tools):
-        raise Refusal("malformed tools", f"expected a list of objects, got {shown(tools)}")
+        raise RefusalError("malformed tools", f"expected a list of objects, got {shown(tools)}")
     check_unicode(tools, "tools")
     return tuple(tools) or None
 
@@ -121,7 +125,7 @@ def template_kwargs_of(row: Row) -> Mapping[str, Any]:
     if kwargs is None:
         return {}
     if not isinstance(kwargs, dict) or not all(isinstance(key, str) for key in kwargs):
-        raise Refusal("malformed chat_template_kwargs", f"expected an object, got {shown(kwargs)}")
+        raise RefusalError("malformed chat_template_kwargs", f"expected an object, got {shown(kwargs)}")
     check_unicode(kwargs, "chat_template_kwargs")
     return kwargs
 
@@ -134,4 +138,4 @@ def _parsed(value: object, column: str) -> object:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        raise Refusal(f"malformed {column}", f"not JSON: {shown(value)}") from None
+        raise RefusalError(f"malformed {column}", f"not JSON: {shown(value)}") from None

@@ -31,10 +31,10 @@ MAX_WORDS = 12
 HELD_OUT_PER_FACT = 4
 """Wordings of each fact that no demonstration and no training pair uses."""
 
-WRONG_SHARE = 0.1
+WRONG_SHARE = 0.05
 """Share of the pairs whose rejected side is short but wrong; in the others it is right but rambles."""
 
-SHORT_SHARE = 0.25
+SHORT_SHARE = 0.35
 """Share of the demonstrations that are short, for an ordinary question."""
 
 SHORT_SHARE_IF_QUICK = 0.7

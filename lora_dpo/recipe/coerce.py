@@ -55,8 +55,11 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         base, bound = get_args(hint)
         if isinstance(bound, Parsed):
             return bound.parse(value, key)
-        number = coerce(base, value, key)
-        if number is not None and not bound.accepts(number):
+        try:
+            number = coerce(base, value, key)
+        except RecipeError:
+            raise refusal(key, value, describe(hint)) from None
+        if not bound.accepts(number):
             raise refusal(key, value, describe(hint))
         return number
     if origin is Literal:
@@ -77,6 +80,9 @@ def _coerce_union(hint: Any, value: Any, key: str) -> Any:
     value = _structured(value, key)
     if types.NoneType in options and (value is None or value in ("null", "none", "None", "")):
         return None
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+            return coerce(option, value, key)
     for option in options:
         if option is not types.NoneType:
             try:
@@ -164,7 +170,7 @@ def describe(hint: Any) -> str:
     origin = get_origin(hint)
     if origin is Annotated:
         base, bound = get_args(hint)
-        return str(bound) if isinstance(bound, Parsed) else f"{describe(base)} {bound}"
+        return str(bound) if isinstance(bound, Parsed) else f"{describe(base)}, {bound}"
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if origin in (Union, types.UnionType):
@@ -188,9 +194,8 @@ def unknown_key(key: str, known: Iterable[str]) -> RecipeError:
     """The error for a key that does not exist, with the one that was most likely meant."""
     known = list(known)
     last = key.rpartition(".")[2]
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.75)
-    close = close or [k for k in known if k.rpartition(".")[2] == last]
-    close = close or [ELSEWHERE[last]] if last in ELSEWHERE or close else close
+    close = [k for k in known if k.rpartition(".")[2] == last]
+    close = close or [k for name, k in ELSEWHERE.items() if name == last]
     close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
     return RecipeError(f"unknown key {key}: {hint}")

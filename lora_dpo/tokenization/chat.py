@@ -5,8 +5,10 @@ Legend: `T` tokens of a side.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -57,8 +59,7 @@ class ChatTokenizer:
 
     @cached_property
     def end_of_turn_ids(self) -> tuple[int, ...]:
-        """Ids that end an assistant's turn: the template's end-of-turn, then the tokenizer's EOS. May be
-        empty."""
+        """Ids that end an assistant's turn: the template's end-of-turn, then the EOS. May be empty."""
         probe = self._probe()
         turns = assistant_turns(Chat(_PROBE, 1), probe, self._controls, "a test") if probe else []
         ends = [self._controls.ids[turn.end_of_turn.string] for turn in turns if turn.end_of_turn]
@@ -80,22 +81,28 @@ class ChatTokenizer:
         tools: Sequence[dict[str, Any]] | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> Ids:
-        """int32 [T]: a prompt to generate from, with BOS and generation prompt; text is taken verbatim,
-        uncut."""
+        """int32 [T]: a prompt to generate from, uncut, with BOS and generation prompt (text: verbatim).
+
+        Raises DataError if the template refuses it.
+        """
         if isinstance(messages, str):
             return self._with_lead(self._encoder.encode_verbatim(messages).ids, "a prompt")
         chat = Chat(tuple(messages), len(messages), tuple(tools) if tools else None, template_kwargs or {})
         rendering = Rendering(self._template, self._controls, chat, "a prompt", generation=True)
         return self._with_lead(self._encoder.encode(rendering.whole).ids, "a prompt")
 
-    def render(self, record: Preference | Demonstration) -> tuple[str, ...]:
-        """Each side as text, uncut, control strings in content included; for people to read."""
-        if isinstance(record.prompt, str):
-            return tuple(record.prompt + str(response) for response in _responses(record))
-        chats = self._chats(record, record.prompt)
-        return tuple(
-            Rendering(self._template, self._controls, chat, str(record.where)).whole.text for chat in chats
-        )
+    def decode(self, ids: Sequence[int]) -> str:
+        """A generated response as text, without its special tokens."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer with the chat template that was used: what serving the model needs."""
+        own = self._tokenizer.chat_template
+        try:
+            self._tokenizer.chat_template = self.chat_template  # pyright: ignore[reportAttributeAccessIssue]
+            self._tokenizer.save_pretrained(str(folder))
+        finally:
+            self._tokenizer.chat_template = own
 
     def _fit(self, record: Preference | Demonstration) -> tuple[list[Side], bool]:
         """A record's sides within the limits, and whether anything was cut."""
@@ -107,18 +114,31 @@ class ChatTokenizer:
         return sides, any(len(a.ids) != len(b.ids) for a, b in zip(uncut, sides, strict=True))
 
     def _shorten(self, record: Preference | Demonstration, sides: list[Side], room: int) -> list[Side]:
-        """Sides whose prompt has at most `room` tokens: by whole messages if that does it, by tokens if
-        not."""
+        """Sides whose prompt has at most `room` tokens: by whole messages if that does it, else by tokens."""
         if not isinstance(record.prompt, str):
-            for prompt in truncation.shorter_prompts(record.prompt):
-                try:
-                    sides = self._sides(record, prompt)
-                except DataError:  # the template wants what was left out
-                    continue
-                if truncation.longest_prompt(sides) <= room:
-                    return sides
+            for prompts in truncation.shorter_prompts(record.prompt):
+                fitting, shortest = self._first_fitting(record, prompts, room)
+                if fitting:
+                    return fitting
+                sides = shortest or sides
         longest = truncation.longest_prompt(sides)
         return [truncation.cut_left(side, room, longest) for side in sides]
+
+    def _first_fitting(
+        self, record: Preference | Demonstration, prompts: list[tuple[Message, ...]], room: int
+    ) -> tuple[list[Side] | None, list[Side] | None]:
+        """The sides of the longest of `prompts` that fits, and those of the shortest that was tried."""
+        tried: dict[int, list[Side]] = {}
+
+        def fits(place: int) -> bool:
+            try:
+                tried[place] = self._sides(record, prompts[place])
+            except DataError:  # the template wants what was left out
+                return False
+            return truncation.longest_prompt(tried[place]) <= room
+
+        first = bisect_left(range(len(prompts)), True, key=fits)
+        return tried.get(first), tried[max(tried)] if tried else None
 
     def _sides(self, record: Preference | Demonstration, prompt: tuple[Message, ...] | str) -> list[Side]:
         place = str(record.where)
@@ -135,16 +155,15 @@ class ChatTokenizer:
         rendering = Rendering(self._template, self._controls, chat, place)
         turns = assistant_turns(chat, rendering, self._controls, place)
         encoded = self._encoder.encode(rendering.whole)
-        scored = _scored(encoded, [(turn.start, turn.end) for turn in turns])
+        scored = _scored(encoded, rendering.whole.text, [(turn.start, turn.end) for turn in turns])
         self._check_ends(encoded, scored, turns, place)
         ended = bool(turns) and turns[-1].end_of_turn is not None
         return self._side(encoded.ids, scored, add_eos=not ended, place=place)
 
     def _text_side(self, prompt: str, response: str, place: str) -> Side:
-        """Text that is already rendered: tokens that start inside the response are scored, and an EOS at
-        its end."""
+        """Text that is already rendered: tokens that start inside the response are scored, then an EOS."""
         encoded = self._encoder.encode_verbatim(prompt + response)
-        scored = _scored(encoded, [(len(prompt), len(prompt) + len(response))])
+        scored = _scored(encoded, prompt + response, [(len(prompt), len(prompt) + len(response))])
         ended = any(response.rstrip().endswith(end) for end in self._text_ends)
         return self._side(encoded.ids, scored, add_eos=not ended, place=place)
 
@@ -168,14 +187,13 @@ class ChatTokenizer:
         bos = self._tokenizer.bos_token_id
         if len(ids) > 1 and ids[0] == bos and ids[1] == bos:
             raise ModelError(
-                f"{place}: the text begins with two BOS tokens ({self._tokenizer.bos_token}): the chat template"
-                " writes it twice; data.chat_template can give one that writes it once"
+                f"{place}: the text begins with two BOS tokens ({self._tokenizer.bos_token}): the chat"
+                " template writes it twice; data.chat_template can give one that writes it once"
             )
         return ids
 
     def _check_ends(self, encoded: Encoded, scored: Mask, turns: list[Turn], place: str) -> None:
-        """Raises ModelError unless the last scored token of every turn is the end-of-turn found in the
-        text."""
+        """Raises ModelError unless every turn's last scored token is the end-of-turn found in the text."""
         for turn in turns:
             if turn.end_of_turn is None:
                 continue
@@ -183,8 +201,8 @@ class ChatTokenizer:
             expected = self._controls.ids[turn.end_of_turn.string]
             if not len(inside) or encoded.ids[inside[-1]] != expected:
                 raise ModelError(
-                    f"{place}: the assistant's turn should end with {turn.end_of_turn.string}, but the tokenizer"
-                    " doesn't make one token of it; data.chat_template can give another template"
+                    f"{place}: the assistant's turn should end with {turn.end_of_turn.string}, but the"
+                    " tokenizer doesn't make one token of it; data.chat_template can give another template"
                 )
 
     @cached_property
@@ -207,11 +225,16 @@ class ChatTokenizer:
             return None
 
 
-def _scored(encoded: Encoded, spans: Sequence[tuple[int, int]]) -> Mask:
-    """bool [T]: tokens whose characters start inside one of `spans`."""
+def _scored(encoded: Encoded, text: str, spans: Sequence[tuple[int, int]]) -> Mask:
+    """bool [T]: tokens whose characters start inside one of `spans`.
+
+    Spaces before a span belong to the word that takes them along: " yes" after "Answer: " is scored.
+    """
+    starts, ends = encoded.starts, encoded.ends
     scored = np.zeros(len(encoded.ids), dtype=np.bool_)
     for start, end in spans:
-        scored |= (encoded.starts >= start) & (encoded.starts < end)
+        spaces = len(text[:start].rstrip(" "))
+        scored |= (starts < end) & ((starts >= start) | ((starts >= spaces) & (ends > start)))
     return scored
 
 

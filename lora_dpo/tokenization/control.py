@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -65,11 +66,23 @@ class ControlStrings:
         return self._allowed_pattern.split(content)
 
     def touches(self, content: str) -> bool:
-        """Whether `content` holds a control string, or an edge that neighbouring text could complete to
-        one."""
+        """Whether `content` holds a control string, or an edge that its neighbours could complete to one."""
         if self.pattern.search(content):
             return True
-        return any(_overlap(content, text) or _overlap(text, content) for text in self.ids)
+        core, sizes = content.strip(), range(1, self._longest)
+        return any(core[-size:] in self._beginnings or core[:size] in self._ends for size in sizes)
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self.ids), default=0)
+
+    @cached_property
+    def _beginnings(self) -> frozenset[str]:
+        return frozenset(text[:size] for text in self.ids for size in range(1, len(text)))
+
+    @cached_property
+    def _ends(self) -> frozenset[str]:
+        return frozenset(text[size:] for text in self.ids for size in range(1, len(text)))
 
     def _matcher(self, texts: Iterable[str]) -> re.Pattern[str]:
         longest_first = sorted(texts, key=lambda text: (-len(text), text))
@@ -148,10 +161,3 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from strings(item)
-
-
-def _overlap(left: str, right: str) -> bool:
-    """Whether `left` ends with what `right` begins with, whitespace at the edges of `left` or `right`
-    aside."""
-    left, right = left.rstrip(), right.lstrip()
-    return any(left.endswith(right[:size]) for size in range(1, min(len(left), len(right)) + 1))

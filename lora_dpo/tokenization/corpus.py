@@ -15,8 +15,7 @@ from lora_dpo.tokenization.truncation import Dropped
 
 @dataclass(frozen=True)
 class Tokenized:
-    """branches: in the records' order. dropped: reason → how many. first_dropped: reason → the first such
-    row."""
+    """branches: in the records' order. dropped: reason → how many. first_dropped: reason → its first row."""
 
     branches: list[Branches]
     dropped: Counter[str]
@@ -35,19 +34,19 @@ def tokenize(
     tokenizer: ChatTokenizer,
     progress: Callable[[int], None] | None = None,
 ) -> Tokenized:
-    """Tokenize every record; `progress` hears how many are done after each.
+    """Tokenize every record; `progress` hears of each one that is done.
 
     Raises DataError if none is left, or the template refuses one; ModelError if the tokenizer is of no use.
     """
     tokenized = Tokenized([], Counter(), {})
-    for done, record in enumerate(records, start=1):
+    for record in records:
         try:
             tokenized.branches.append(tokenizer.branches(record))
         except Dropped as dropped:
             tokenized.dropped[dropped.reason] += 1
             tokenized.first_dropped.setdefault(dropped.reason, dropped.where)
         if progress is not None:
-            progress(done)
+            progress(1)
     if not tokenized.branches:
         reasons = tokenized.describe_dropped() or "there are no rows"
         raise DataError(f"no row is left after tokenization: {reasons}; data.max_tokens may be too small")

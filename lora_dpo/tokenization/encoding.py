@@ -46,7 +46,8 @@ class Encoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not tokenizer.is_fast or backend is None:
             raise ModelError(
-                f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer (tokenizer.json) is needed"
+                f"{type(tokenizer).__name__} gives no character offsets; the base model needs a fast"
+                " tokenizer (a tokenizer.json)"
             )
         self._backend: Tokenizer = backend
         self._ordinary = _bare(Tokenizer.from_str(backend.to_str()))
@@ -74,8 +75,7 @@ class Encoder:
         return _encode(self._ordinary, text)
 
     def _only_from(self, controls: Sequence[Control], encoded: Encoded) -> bool:
-        """Whether every control token covers one of `controls` (a normalizer may make others from
-        content)."""
+        """Whether every control token covers one of `controls` (a normalizer may make others)."""
         places = np.array([control.start for control in controls], dtype=np.int64)
         found = self._is_control[encoded.ids]
         before, until = (np.searchsorted(places, x[found]) for x in (encoded.starts, encoded.ends))
@@ -136,8 +136,7 @@ class Encoder:
 
 
 def _bare(tokenizer: Tokenizer) -> Tokenizer:
-    """Without truncation, padding, and the post-processor (which may trim offsets; ids don't depend on
-    it)."""
+    """Without truncation, padding, and the post-processor (it may trim offsets, and makes no ids here)."""
     tokenizer.no_truncation()
     tokenizer.no_padding()
     cast("Any", tokenizer).post_processor = None
@@ -159,8 +158,7 @@ def _lead(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def _rename(state: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A tokenizer's JSON with `names` applied to its added tokens and vocabulary; merges that spell one
-    go."""
+    """A tokenizer's JSON with `names` for its added tokens and pieces, without merges that spell one."""
     for token in state["added_tokens"]:
         token["content"] = names.get(token["content"], token["content"])
     model = state["model"]

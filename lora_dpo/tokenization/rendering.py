@@ -1,5 +1,4 @@
-"""Chat template + conversation → text that knows which parts are content and which control strings are its
-own.
+"""Chat template + conversation → text that knows its content from its own control strings.
 
 The template is rendered twice, with marked and with unmarked content. Where the marks don't disturb it
 (removing them gives the unmarked text) and content makes no control string, the unmarked text is the truth,
@@ -74,8 +73,8 @@ class Template:
         """The conversation as text. Raises ModelError without a template; what the template raises passes."""
         if not self.exists:
             raise ModelError(
-                "the base model's tokenizer has no chat template: set data.chat_template (Jinja text or a file),"
-                ' or data.format="text" for data that is already rendered'
+                "the base model's tokenizer has no chat template: set data.chat_template (Jinja text or a"
+                ' file), or data.format="text" for data that is already rendered'
             )
         rendered = self._tokenizer.apply_chat_template(
             [dict(message) for message in chat.messages],
@@ -92,8 +91,7 @@ class Template:
 class Rendering:
     """One conversation rendered and read, and parts of it in the same terms.
 
-    whole: the reading. messages: what the template was shown. Raises DataError, naming `place`, where the
-    template refuses the conversation.
+    whole: the reading. Raises DataError, naming `place`, where the template refuses the conversation.
     """
 
     def __init__(
@@ -125,13 +123,19 @@ class Rendering:
         """Where the content of response message `index` begins and ends in whole.text, None if unknown."""
         return self.whole.marks.get(self._marker.own[index - self._chat.response_start])
 
+    def leaves_out(self, index: int) -> bool:
+        """Whether the template writes none of the text that response message `index` has."""
+        own = self._marker.own[index - self._chat.response_start]
+        return own not in self.whole.marks and any(
+            own in text for text in strings(self._shown.messages[index])
+        )
+
     def prefix(self, count: int, generation: bool) -> str | None:
         """The first `count` messages alone, None if the template refuses them."""
         return self._part(self._shown.messages[:count], generation)
 
     def header(self, count: int) -> str | None:
-        """The first `count` messages and what the template writes before an assistant's content after
-        them."""
+        """The first `count` messages, and what the template writes before an assistant's content then."""
         probe = {"role": "assistant", "content": self._marker.probe}
         text = self._part((*self._shown.messages[:count], probe), generation=False, keep=self._marker.probe)
         return text.partition(self._marker.probe)[0] if text and self._marker.probe in text else None

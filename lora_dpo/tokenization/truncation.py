@@ -12,7 +12,7 @@ Legend: `T` tokens of a side.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,8 +36,7 @@ class Dropped(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """ids: int32 [T]. scored: bool [T]. lead: how many tokens in front are the sequence's BOS (or the
-    like)."""
+    """ids: int32 [T]. scored: bool [T]. lead: how many tokens in front are BOS or the like."""
 
     ids: Ids
     scored: Mask
@@ -70,20 +69,15 @@ def longest_prompt(sides: Sequence[Side]) -> int:
     return max(side.prompt for side in sides)
 
 
-def shorter_prompts(prompt: tuple[Message, ...]) -> Iterator[tuple[Message, ...]]:
-    """Prompts without their oldest messages, the longest first; those with the system's message before the
-    others.
+def shorter_prompts(prompt: tuple[Message, ...]) -> list[list[tuple[Message, ...]]]:
+    """Prompts without their oldest messages, longest first: a list with the system's message, one without.
 
     Each begins with a user's message after that; the last one is the shortest there is.
     """
     system = prompt[:1] if prompt and prompt[0]["role"] in ("system", "developer") else ()
     starts = [i for i, message in enumerate(prompt) if message["role"] == "user"]
-    for start in starts:
-        if start > len(system) and system:
-            yield system + prompt[start:]
-    for start in starts:
-        if start > 0:
-            yield prompt[start:]
+    with_system = [system + prompt[start:] for start in starts if system and start > 1]
+    return [with_system, [prompt[start:] for start in starts if start > 0]]
 
 
 def cut_left(side: Side, room: int, longest: int) -> Side:
@@ -100,8 +94,7 @@ def cut_right(side: Side, tokens: int) -> Side:
 
 
 def check(sides: Sequence[Side], where: Where, cut: bool) -> None:
-    """Raises Dropped if a side has nothing scored, or if two sides are the same up to their last scored
-    token."""
+    """Raises Dropped if a side has nothing scored, or two are the same up to their last scored token."""
     if not all(side.scored[1:].any() for side in sides):
         raise Dropped(NOTHING_SCORED, where)
     ends = [int(np.flatnonzero(side.scored)[-1]) + 1 for side in sides]

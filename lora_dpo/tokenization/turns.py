@@ -46,6 +46,8 @@ def assistant_turns(chat: Chat, rendering: Rendering, controls: ControlStrings, 
 
 def _turn(index: int, rendering: Rendering, controls: ControlStrings, place: str) -> Turn:
     content = rendering.place_of(index)
+    if rendering.leaves_out(index):
+        raise ModelError(f"{place}: the chat template leaves out a turn of the response; {_MEND}")
     start = _start(index, rendering, content, place)
     after = content[1] if content else start
     following = rendering.place_of(index + 1) if index + 1 < rendering.count else None
@@ -76,7 +78,5 @@ def _start(index: int, rendering: Rendering, content: tuple[int, int] | None, pl
     if header is not None and len(header) <= limit and text.startswith(header):
         return len(header)
     if content is None:
-        raise ModelError(
-            f"{place}: the chat template leaves out an assistant's turn of the response; {_MEND}"
-        )
+        raise ModelError(f"{place}: the chat template shows no place for a turn of the assistant; {_MEND}")
     return content[0]

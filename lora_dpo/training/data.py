@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from lora_dpo.losses import Objective
-from lora_dpo.preferences import Demonstration, Preference, describe_skipped, load_demonstrations, load_preferences
+from lora_dpo.preferences import (
+    Demonstration,
+    Preference,
+    describe_skipped,
+    load_demonstrations,
+    load_preferences,
+)
 from lora_dpo.recipe import Data
 from lora_dpo.tokenization import Branches, ChatTokenizer, tokenize
 from lora_dpo.training.progress import Display
@@ -55,6 +61,6 @@ def _tokenize(
 ) -> list[Branches]:
     with display.counting(what, len(records)) as advance:
         done = tokenize(records, chat, progress=advance)
-    for reason, count in done.dropped.items():
-        display.say(f"dropped {count} of {len(records)}: {reason}")
+    if done.dropped:
+        display.say(done.describe_dropped())
     return done.branches

@@ -128,8 +128,12 @@ def _check_gradients(model: Model, objective: Objective, batch: MicroBatch) -> s
         loss.per_example.sum().backward()
         if not torch.equal(before, reference_logprobs(model, batch)):
             raise PreflightError("adapters off is not the base: changing the adapter changed the reference")
-    dead = [name for name, p in model.trainable.items() if not _reached(p.grad, allow_zero=_has_experts(model))]
-    stray = [n for n, p in model.network.named_parameters() if p.grad is not None and n not in model.trainable]
+    dead = [
+        name for name, p in model.trainable.items() if not _reached(p.grad, allow_zero=_has_experts(model))
+    ]
+    stray = [
+        n for n, p in model.network.named_parameters() if p.grad is not None and n not in model.trainable
+    ]
     model.network.zero_grad(set_to_none=True)
     if dead or stray:
         which = f"{len(dead)} adapter tensors get none, such as {dead[0]}" if dead else f"{stray[0]} gets one"
@@ -181,4 +185,3 @@ def _check_longest(
             ) from error
         return "a full micro-batch does not fit in memory; training will pack smaller ones"
     return f"the longest example has {longest.tokens} tokens; a micro-batch of {batch.tokens} tokens fits"
-

@@ -96,7 +96,9 @@ SHOWN = {
 def describe(record: Record) -> str:
     """A record's main metrics in one line."""
     prefix = "eval/" if record.kind == "evaluation" else ""
-    facts = [text.format(record.metrics[prefix + k]) for k, text in SHOWN.items() if prefix + k in record.metrics]
+    facts = [
+        text.format(record.metrics[prefix + k]) for k, text in SHOWN.items() if prefix + k in record.metrics
+    ]
     if prefix:
         return "evaluation: " + "  ".join(facts)
     left = record.metrics.get("seconds_left", 0.0)

@@ -56,7 +56,9 @@ def train(
     if resume:
         check_same_recipe(recipe, run)
     accelerator = Accelerator(
-        cpu=recipe.base.device == "cpu", log_with=list(recipe.training.trackers) or None, project_dir=str(run.path)
+        cpu=recipe.base.device == "cpu",
+        log_with=list(recipe.training.trackers) or None,
+        project_dir=str(run.path),
     )
     display = Display(quiet=quiet or not accelerator.is_main_process)
     # Everything about the data is known before the minutes that loading a large base takes.
@@ -65,7 +67,9 @@ def train(
     )
     started = time.monotonic()
     model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed)
-    display.say(f"base: {recipe.base.model}, {describe_model(model, recipe)}, {time.monotonic() - started:.1f}s")
+    display.say(
+        f"base: {recipe.base.model}, {describe_model(model, recipe)}, {time.monotonic() - started:.1f}s"
+    )
     trainer = Trainer(recipe, run, model, data, accelerator, display, observers)
     if resume:
         trainer.resume()
@@ -118,7 +122,9 @@ class Trainer:
                 f" each of the {accelerator.num_processes} processes"
             )
         if (self.training.eval_every or self.training.best_metric) and not data.eval:
-            raise RecipeError("training.eval_every needs held-out rows: set data.eval, eval_fraction or eval_last")
+            raise RecipeError(
+                "training.eval_every needs held-out rows: set data.eval, eval_fraction or eval_last"
+            )
         self.optimizer = make_optimizer(self.training, model.trainable)
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             model.device.type, enabled=model.compute_dtype == torch.float16
@@ -200,7 +206,11 @@ class Trainer:
         norm = self._update()
         self.state.step += 1
         metrics = self._means(sums, len(examples))
-        return metrics | {"grad_norm": norm, "learning_rate": rate} | self._speed(metrics["tokens"], examples, began)
+        return (
+            metrics
+            | {"grad_norm": norm, "learning_rate": rate}
+            | self._speed(metrics["tokens"], examples, began)
+        )
 
     def _update(self) -> float:
         """Add up the processes' gradients, clip, step the optimizer; returns the norm before clipping."""
@@ -265,7 +275,9 @@ class Trainer:
         if metric is None:
             return False
         if metric not in result:
-            raise RecipeError(f"training.best_metric got {metric!r}; it takes one of {', '.join(sorted(result))}")
+            raise RecipeError(
+                f"training.best_metric got {metric!r}; it takes one of {', '.join(sorted(result))}"
+            )
         value, best = result[metric], self.state.best
         better = best is None or (value < best if metric == "loss" else value > best)
         if better:
@@ -290,7 +302,9 @@ class Trainer:
             self.state.loss_scale, self.state.loss_scale_growth = scale["scale"], scale["_growth_tracker"]
         if self.accelerator.is_main_process:
             save_checkpoint(folder, self.model, self.optimizer, self.state)
-            best = self.run_directory.checkpoint_folder(self.state.best_step) if self.state.best_step else None
+            best = (
+                self.run_directory.checkpoint_folder(self.state.best_step) if self.state.best_step else None
+            )
             self.run_directory.forget_checkpoints(self.training.keep_checkpoints, best)
         self.accelerator.wait_for_everyone()
         return folder
@@ -300,7 +314,9 @@ class Trainer:
         run, chosen = self.run_directory, self.state.best_step or self.state.step
         if chosen != self.state.step:
             restore_adapter(run.checkpoint_folder(chosen) / "adapter", self.model)
-            self.display.say(f"the best {self.training.best_metric} was at step {chosen}: that adapter is kept")
+            self.display.say(
+                f"the best {self.training.best_metric} was at step {chosen}: that adapter is kept"
+            )
         if self.accelerator.is_main_process:
             write_folder(run.adapter_folder, lambda part: self._fill_adapter(part))
         self.accelerator.wait_for_everyone()
@@ -341,4 +357,3 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return psutil.Process().memory_info().rss / 2**30
-

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lora_dpo.errors import DataError
-from lora_dpo.preferences import BadRow, describe_skipped, load_demonstrations, load_preferences
+from lora_dpo.preferences import BadRowError, describe_skipped, load_demonstrations, load_preferences
 from lora_dpo.recipe import Data
 
 GOOD = {"prompt": "hi", "chosen": "yes", "rejected": "no"}
@@ -108,7 +108,6 @@ BAD = {
         {"prompt": "hi", "responses": ["a", "b"], "scores": [1, True]},
     ],
     "unknown label": [{"prompt": "hi", "response_0": "a", "response_1": "b", "preferred": "tie"}],
-    "not an object": [],  # only files can hold these; see below
 }
 CASES = [(reason, row) for reason, rows in BAD.items() for row in rows]
 
@@ -121,7 +120,7 @@ def test_a_bad_row_stops_with_its_file_row_and_reason(
 ) -> None:
     file = tmp_path / "pairs.jsonl"
     file.write_text("\n".join(json.dumps(line) for line in (GOOD, GOOD, row, GOOD)))
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(BadRowError) as caught:
         load_preferences(Data(str(file)))
     error = caught.value
     assert (error.file, error.row, error.reason) == (str(file), 3, reason)
@@ -154,7 +153,7 @@ def test_a_bad_line_is_refused_alone(tmp_path: Path, reason: str, line: bytes) -
     file = tmp_path / "pairs.jsonl"
     good = json.dumps(GOOD).encode()
     file.write_bytes(b"\n".join([good, b"", line, good]))
-    with pytest.raises(BadRow, match=f"pairs.jsonl row 3: {reason}"):
+    with pytest.raises(BadRowError, match=f"pairs.jsonl row 3: {reason}"):
         load_preferences(Data(str(file)))
     loaded = load_preferences(Data(str(file), on_bad_row="skip"))
     assert [record.where.row for record in loaded.train] == [1, 4]
@@ -182,7 +181,7 @@ def test_a_broken_json_list_stops_at_its_row(
 ) -> None:
     file = tmp_path / "pairs.json"
     file.write_text(content.format(json.dumps(GOOD)))
-    with pytest.raises(BadRow, match=rf"pairs.json row {row}: .*{what}"):
+    with pytest.raises(BadRowError, match=rf"pairs.json row {row}: .*{what}"):
         load_preferences(Data(str(file), on_bad_row=on_bad_row))
 
 
@@ -191,7 +190,7 @@ def test_a_json_element_with_bad_bytes_or_duplicate_keys_is_refused_alone(tmp_pa
     good = json.dumps(GOOD).encode()
     twice = b'{"prompt": "a", "prompt": "b", "chosen": "c", "rejected": "d"}'
     file.write_bytes(b"[" + b",".join([good, good.replace(b"yes", b"\xe9"), twice, good]) + b"]")
-    with pytest.raises(BadRow, match=r"pairs.json row 2: invalid UTF-8"):
+    with pytest.raises(BadRowError, match=r"pairs.json row 2: invalid UTF-8"):
         load_preferences(Data(str(file)))
     loaded = load_preferences(Data(str(file), on_bad_row="skip"))
     assert loaded.skipped == {"invalid UTF-8": 1, "malformed JSON": 1}
@@ -209,7 +208,7 @@ def test_nothing_usable_is_an_error_that_counts_the_reasons(rows_file: Callable[
 def test_unknown_columns_lists_those_seen_and_the_layouts_understood(
     rows_file: Callable[[list[Any]], str],
 ) -> None:
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(BadRowError) as caught:
         load_preferences(Data(rows_file([{"Prompt": "hi", "good": "a"}])))
     for part in ("'Prompt', 'good'", "Alpaca (instruction", "ShareGPT (conversations", "Anthropic HH"):
         assert part in str(caught.value)
@@ -228,7 +227,7 @@ def test_unknown_columns_lists_those_seen_and_the_layouts_understood(
 def test_a_bad_demonstration_is_refused(
     rows_file: Callable[[list[Any]], str], row: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(BadRow, match=f"row 1: {reason}"):
+    with pytest.raises(BadRowError, match=f"row 1: {reason}"):
         load_demonstrations(Data(rows_file([row])))
 
 
@@ -248,5 +247,5 @@ def test_a_demonstration_needs_no_difference_between_the_sides(rows_file: Callab
     ],
 )
 def test_bad_text_is_refused(rows_file: Callable[[list[Any]], str], row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(BadRow, match=f"row 1: {reason}"):
+    with pytest.raises(BadRowError, match=f"row 1: {reason}"):
         load_preferences(Data(rows_file([row]), format="text"))

@@ -47,7 +47,7 @@ _values = st.recursive(
     max_leaves=6,
 )
 _rows = st.dictionaries(st.sampled_from(COLUMNS), _values, max_size=6)
-FUZZ = settings(max_examples=400, deadline=None, derandomize=True)
+FUZZ = settings(max_examples=250, deadline=None, derandomize=True)
 
 
 @pytest.fixture(scope="module")

@@ -186,7 +186,7 @@ def test_keys_that_contradict_are_named(load: Load, train: Any, data: dict[str, 
 
 
 def test_an_evaluation_set_that_takes_every_row_is_refused(load: Load) -> None:
-    with pytest.raises(DataError, match="data.eval_last=2 leaves nothing of the 2 rows"):
+    with pytest.raises(DataError, match=r"data\.eval_last=2 leaves nothing of the 2 rows"):
         load(rows(1, 2), eval_last=2)
     with pytest.raises(DataError, match="no usable row is left for training"):
         load(rows(1, 1), eval_fraction=0.1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lora_dpo.preferences import BadRow, load_demonstrations, load_preferences
+from lora_dpo.preferences import BadRowError, load_demonstrations, load_preferences
 from lora_dpo.recipe import Data
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data are
 
 def test_politeness_has_six_rows_whose_sides_are_identical() -> None:
     file = str(SHARED / "politeness_900.json")
-    with pytest.raises(BadRow, match="row 123: identical sides"):
+    with pytest.raises(BadRowError, match="row 123: identical sides"):
         load_preferences(Data(file))
     loaded = load_preferences(Data(file, on_bad_row="skip", eval_last=100))
     assert loaded.skipped == {"identical sides": 6}

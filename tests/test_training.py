@@ -1,0 +1,271 @@
+"""A run from recipe to adapter: what it learns, writes, and survives."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from builders import pair_rows
+from safetensors.torch import load_file
+
+from lora_dpo.errors import DataError, RecipeError, RunError
+from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training, load_recipe, override
+from lora_dpo.run_directory import RunDirectory, damage
+from lora_dpo.training import Record, Stopped, train
+from lora_dpo.training.optimizer import learning_rate
+
+
+@pytest.fixture
+def recipe(small_model: Path, tmp_path: Path) -> Recipe:
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(40)))
+    return Recipe(
+        base=Base(str(small_model), compute_dtype="float32"),
+        data=Data(str(rows), eval_last=8),
+        adapter=Adapter(rank=4, dropout=0.1),
+        training=Training(
+            pairs_per_step=8, learning_rate=1e-2, epochs=20, max_steps=6, tokens_per_microbatch=400
+        ),
+        run_directory=str(tmp_path / "run"),
+    )
+
+
+def adapter_of(run: RunDirectory) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter_folder / "adapter_model.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_learns_and_writes_everything_it_names(recipe: Recipe):
+    seen: list[Record] = []
+    run = train(override(recipe, ["training.max_steps=20"]), observers=[seen.append], quiet=True)
+    assert [record.step for record in seen if record.kind == "step"] == list(range(1, 21))
+    assert seen[0].metrics["loss"] == pytest.approx(math.log(2), abs=0.01)
+    final = seen[-1]
+    assert final.kind == "evaluation"
+    assert final.metrics["eval/rewards/accuracy"] == 1.0
+    assert final.metrics["eval/loss"] < 0.3
+    records = list(run.records())
+    assert [r["step"] for r in records] == [record.step for record in seen]
+    named = {
+        "loss",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margin",
+        "rewards/accuracy",
+        "logps/chosen",
+    }
+    named |= {"logps/rejected", "logps/chosen_change", "logps/rejected_change", "grad_norm", "learning_rate"}
+    named |= {"tokens_per_second", "pairs_per_second", "memory_gib"}
+    assert named <= records[0].keys()
+    assert load_recipe(run.recipe_file) == override(recipe, ["training.max_steps=20"])
+    assert damage(run.checkpoint_folder(20)) is None
+
+
+def test_recipe_yaml_replays_the_run(recipe: Recipe, tmp_path: Path):
+    first = train(recipe, quiet=True)
+    again = train(load_recipe(first.recipe_file, [f"run_directory={tmp_path / 'again'}"]), quiet=True)
+    assert same(adapter_of(first), adapter_of(again))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_a_run_that_dies_between_checkpoints_resumes_to_the_same_adapter_bit_for_bit(
+    recipe: Recipe, tmp_path: Path, optimizer: str
+):
+    recipe = override(
+        recipe, [f"training.optimizer={optimizer}", "training.save_every=2", "training.eval_every=3"]
+    )
+    whole = train(override(recipe, [f"run_directory={tmp_path / 'whole'}"]), quiet=True)
+
+    class Crash(Exception):
+        pass
+
+    def crash(record: Record) -> None:
+        if record.kind == "step" and record.step == 5:
+            raise Crash
+
+    with pytest.raises(Crash):
+        train(recipe, observers=[crash], quiet=True)
+    resumed = train(recipe, resume=True, quiet=True)
+    assert same(adapter_of(whole), adapter_of(resumed))
+    steps = [r["step"] for r in resumed.records() if r["kind"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6], "no step is missing or twice"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on(
+    recipe: Recipe, tmp_path: Path, number: signal.Signals
+):
+    whole = train(override(recipe, [f"run_directory={tmp_path / 'whole'}"]), quiet=True)
+
+    def interrupt(record: Record) -> None:
+        if record.step == 3:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(Stopped, match="--resume") as stopped:
+        train(recipe, observers=[interrupt], quiet=True)
+    assert stopped.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert same(adapter_of(whole), adapter_of(train(recipe, resume=True, quiet=True)))
+
+
+def test_a_damaged_checkpoint_is_passed_over(recipe: Recipe, capsys: pytest.CaptureFixture[str]):
+    recipe = override(recipe, ["training.save_every=2", "training.keep_checkpoints=9"])
+    run = train(recipe, quiet=True)
+    expected = adapter_of(run)
+    file = run.checkpoint_folder(6) / "optimizer.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "optimizer.safetensors" in str(damage(run.checkpoint_folder(6)))
+    again = train(recipe, resume=True)
+    assert "passed over step-000006" in capsys.readouterr().out
+    assert same(adapter_of(again), expected)
+
+
+def test_a_run_directory_is_not_overwritten_and_not_resumed_with_another_recipe(recipe: Recipe):
+    with pytest.raises(RunError, match="no run"):
+        train(recipe, resume=True, quiet=True)
+    train(recipe, quiet=True)
+    with pytest.raises(RunError, match="--resume"):
+        train(recipe, quiet=True)
+    with pytest.raises(RunError, match=r"loss\.beta: 0\.1 → 0\.2"):
+        train(override(recipe, ["loss.beta=0.2"]), resume=True, quiet=True)
+    rows = Path(str(recipe.data.train))
+    rows.write_text(rows.read_text().replace("the cat", "the bat"))
+    with pytest.raises(RunError, match="data are not those"):
+        train(recipe, resume=True, quiet=True)
+
+
+def test_a_run_that_failed_before_its_first_step_can_simply_be_started_again(recipe: Recipe):
+    with pytest.raises(DataError):
+        train(override(recipe, ["data.train=/nowhere/pairs.jsonl"]), quiet=True)
+    train(override(recipe, ["training.max_steps=1"]), quiet=True)
+
+
+def test_the_best_adapter_is_kept_and_training_stops_early(recipe: Recipe):
+    words = ["training.eval_every=1", "training.best_metric=loss", "training.early_stopping=2"]
+    # At this rate the loss falls, then the run falls apart: the best step lies in the middle.
+    run = train(
+        override(
+            recipe, [*words, "training.learning_rate=0.3", "training.max_steps=30", "training.warmup=0.2"]
+        ),
+        quiet=True,
+    )
+    evaluations = {r["step"]: r["eval/loss"] for r in run.records() if r["kind"] == "evaluation"}
+    best = min(evaluations, key=evaluations.__getitem__)
+    assert max(evaluations) == best + 2 < 30
+    kept = load_file(run.checkpoint_folder(best) / "adapter" / "adapter_model.safetensors")
+    assert same(adapter_of(run), kept)
+
+
+def test_old_checkpoints_are_deleted_but_not_the_best(recipe: Recipe):
+    run = train(override(recipe, ["training.save_every=1", "training.keep_checkpoints=2"]), quiet=True)
+    assert [folder.name for folder in run.checkpoints()] == ["step-000005", "step-000006"]
+
+
+def test_sft_trains_on_the_preferred_responses(recipe: Recipe):
+    seen: list[Record] = []
+    train(override(recipe, ["loss=SFT", "training.max_steps=15"]), observers=[seen.append], quiet=True)
+    losses = [record.metrics["loss"] for record in seen if record.kind == "step"]
+    assert losses[-1] < losses[0] - 0.4
+
+
+def test_float16_trains_with_loss_scaling_and_float32_adapters(recipe: Recipe):
+    recipe = override(
+        recipe, ["base.compute_dtype=float16", "training.max_steps=15", "training.save_every=5"]
+    )
+    seen: list[Record] = []
+    run = train(recipe, observers=[seen.append], quiet=True)
+    state = json.loads((run.checkpoint_folder(15) / "state.json").read_text())
+    assert state["loss_scale"] > 0
+    assert all(tensor.dtype == torch.float32 for tensor in adapter_of(run).values())
+    assert seen[-1].metrics["eval/rewards/accuracy"] > 0.8
+
+
+def test_a_gradient_that_is_not_a_number_stops_the_run_before_the_update(recipe: Recipe):
+    from lora_dpo.training import trainer as module
+
+    def poison(record: Record) -> None:
+        if record.step == 2:
+            assert alive
+            next(iter(alive[0].model.trainable.values())).data.fill_(float("nan"))
+
+    alive: list[module.Trainer] = []
+
+    class Watched(module.Trainer):
+        def run(self) -> None:
+            alive.append(self)
+            super().run()
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match="step 3"):
+        patch.setattr(module, "Trainer", Watched)
+        train(recipe, observers=[poison], quiet=True)
+
+
+def test_trackers_by_name(recipe: Recipe):
+    with pytest.raises(RecipeError, match=r"training\.trackers got 'tensorbored'"):
+        train(override(recipe, ["training.trackers=tensorbored"]), quiet=True)
+
+
+def test_evaluating_on_nothing_is_refused(recipe: Recipe):
+    with pytest.raises(RecipeError, match="held-out rows"):
+        train(override(recipe, ["data.eval_last=0", "training.eval_every=2"]), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rates"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5 + math.sqrt(2) / 4, 0.5, 0.5 - math.sqrt(2) / 4]),
+    ],
+)
+def test_the_learning_rate_rises_over_the_warm_up_then_follows_its_schedule(
+    schedule: str, rates: list[float]
+):
+    training = Training(learning_rate=1.0, schedule=schedule, warmup=0.3)  # pyright: ignore
+    assert [learning_rate(training, step, 6) for step in range(6)] == pytest.approx(rates)
+
+
+def test_two_processes_compute_the_step_of_one(recipe: Recipe, tmp_path: Path):
+    """The gradients are added up over processes; without dropout only rounding differs."""
+    import subprocess
+    import sys
+
+    recipe = override(recipe, ["adapter.dropout=0", "base.device=cpu", "training.max_steps=2"])
+    one = train(recipe, quiet=True)
+    from lora_dpo.recipe import to_yaml
+
+    (tmp_path / "two.yaml").write_text(to_yaml(override(recipe, [f"run_directory={tmp_path / 'two'}"])))
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes=2",
+        "--num_machines=1",
+    ]
+    launch += ["--mixed_precision=no", "--dynamo_backend=no", "--num_cpu_threads_per_process=1", "-m"]
+    done = subprocess.run(
+        [*launch, "lora_dpo.cli", "train", str(tmp_path / "two.yaml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    two = RunDirectory(tmp_path / "two")
+    losses = [[r["loss"] for r in run.records() if r["kind"] == "step"] for run in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(losses[1]) == 2
+    norms = [[r["grad_norm"] for r in run.records() if r["kind"] == "step"] for run in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)

@@ -48,7 +48,7 @@ _HOMES = {
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = [  # noqa: RUF022 - grouped by use
+__all__ = [
     "DPO",
     "SFT",
     "Adapter",

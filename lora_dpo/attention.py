@@ -50,21 +50,21 @@ def branch_attention(
     """
     if branch_layout is None:
         raise ValueError(f"{NAME} attends to packed branches: pass branch_layout, or set another attention")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     special = softcap is not None or s_aux is not None
     if not special and query.is_cuda and flash_available(query.dtype, key.shape[-1], value.shape[-1]):
-        return _flash(query, key, value, branch_layout, scaling, sliding_window), None
+        return _flash(query, key, value, branch_layout, scale, sliding_window), None
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
     outputs = []
     for block in branch_layout.blocks:
         q, k, v = _of_block(block, query, key, value)
         if special:
             mask = branch_layout.mask(block, window)
-            outputs.append(_explicit(q, k, v, mask, scaling, softcap, s_aux))
+            outputs.append(_explicit(q, k, v, mask, scale, softcap, s_aux))
         elif block.causal and window is None:
-            outputs.append(_sdpa(q, k, v, None, scaling))
+            outputs.append(_sdpa(q, k, v, None, scale))
         else:
-            outputs.append(_sdpa(q, k, v, branch_layout.mask(block, window), scaling))
+            outputs.append(_sdpa(q, k, v, branch_layout.mask(block, window), scale))
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 
@@ -102,14 +102,16 @@ def _explicit(
 
 @cache
 def flash_available(dtype: torch.dtype, key_width: int, value_width: int) -> bool:
-    """Whether torch's variable-length flash attention takes these: half precision, equal widths, Ampere or newer."""
+    """Whether torch's variable-length flash attention takes these: half precision, equal widths, Ampere or
+    newer.
+    """
     if dtype not in (torch.bfloat16, torch.float16) or key_width != value_width or key_width > 256:
         return False
     return _varlen() is not None and torch.cuda.get_device_capability() >= (8, 0)
 
 
 @cache
-def _varlen() -> tuple[Callable[..., Tensor], frozenset[str]] | None:
+def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
     """torch's variable-length attention and the names of its arguments, which change between releases."""
     try:
         from torch.nn.attention.varlen import varlen_attn

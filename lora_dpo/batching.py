@@ -25,7 +25,9 @@ MERGED_TOKENS = 192
 
 @dataclass(frozen=True)
 class Block:
-    """One attention call: queries [start, stop) over the keys of `key_spans`; causal if positions say it all."""
+    """One attention call: queries [start, stop) over the keys of `key_spans`; causal if positions say it
+    all.
+    """
 
     start: int
     stop: int
@@ -69,7 +71,9 @@ class BranchLayout:
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
-        """`separate_blocks`, but neighbouring short examples share one block with a mask: fewer, fuller calls."""
+        """`separate_blocks`, but neighbouring short examples share one block with a mask: fewer, fuller
+        calls.
+        """
         blocks: list[Block] = []
         start = group = 0
         for n, lengths in enumerate(self.lengths):
@@ -86,20 +90,24 @@ class BranchLayout:
 
     @cached_property
     def varlen(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """What a variable-length attention call takes, every branch a sequence with its prefix's keys before it.
+        """What a variable-length attention call takes, every branch a sequence with its prefix's keys
+        before it.
 
-        (index of the keys int64 [keys], cumulative query lengths, cumulative key lengths int32, longest of each)
+        (index of the keys int64 [keys], cumulative query lengths, cumulative key lengths int32, longest of
+        each)
         """
         device = self.example.device
         blocks = self.separate_blocks
         index = torch.cat([torch.arange(*span) for block in blocks for span in block.key_spans])
         queries = [block.stop - block.start for block in blocks]
         keys = [sum(stop - start for start, stop in block.key_spans) for block in blocks]
-        cumulative = [torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (queries, keys)]
-        return index.to(device), *cumulative, max(queries), max(keys)
+        cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (queries, keys))
+        return index.to(device), cu_q, cu_k, max(queries), max(keys)
 
     def mask(self, block: Block, window: int | None) -> Tensor:
-        """bool [queries, keys]: who may be seen. A window of W holds the token itself and the W − 1 before."""
+        """bool [queries, keys]: who may be seen. A window of W holds the token itself and the W − 1
+        before.
+        """
         key = (block, window)
         if key not in self._masks:
             keys = torch.cat([torch.arange(*span, device=self.example.device) for span in block.key_spans])
@@ -174,9 +182,12 @@ def collate(branches: Sequence[Branches], examples: Sequence[int]) -> MicroBatch
             sequences.append(np.full(len(at), n * item.sides + side))
             rest_start += len(rest)
         start += item.tokens
-    joined = [_int64(x) for x in (ids, positions, example, branch, score_positions, targets, sequences)]
-    layout = BranchLayout(joined[2], joined[3], joined[1], lengths)
-    return MicroBatch(joined[0], joined[1], layout, *joined[4:], tuple(examples), branches[0].sides)
+    tokens = [_int64(x) for x in (ids, positions, example, branch)]
+    rows = [_int64(x) for x in (score_positions, targets, sequences)]
+    layout = BranchLayout(tokens[2], tokens[3], tokens[1], lengths)
+    return MicroBatch(
+        tokens[0], tokens[1], layout, rows[0], rows[1], rows[2], tuple(examples), branches[0].sides
+    )
 
 
 def _int64(parts: Sequence[np.ndarray]) -> Tensor:
@@ -202,7 +213,8 @@ def pack(branches: Sequence[Branches], tokens_per_microbatch: int) -> list[Micro
 
 @dataclass(frozen=True)
 class StepSampler:
-    """Which examples make up a step: a function of (seed, step), so that resuming needs a number, not a replay.
+    """Which examples make up a step: a function of (seed, step), so that resuming needs a number, not a
+    replay.
 
     Every epoch is a fresh permutation of all examples; a step may reach over the end of one into the next.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -121,10 +121,12 @@ def _short(text: str, width: int = 200) -> str:
     return line if len(line) <= width else line[: width - 1] + "…"
 
 
-def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:
+def run(
+    recipe: Recipe, arguments: Sequence[str] | None = None, *, job: Callable[..., object] | None = None
+) -> None:
     """What a recipe script ends with: `python recipes/NAME.py key=value … [--resume]`.
 
-    Prints errors without a traceback and exits with the status the command line would.
+    job(recipe, resume=…) is what is done; training, unless something else is given. Prints errors without a traceback and exits with the status the command line would.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     with friendly_errors():
@@ -134,7 +136,11 @@ def run(recipe: Recipe, arguments: Sequence[str] | None = None) -> None:
             print(recipe_help(recipe))
             return
         resume = "--resume" in words
-        _train(override(recipe, [word for word in words if word != "--resume"]), resume)
+        recipe = override(recipe, [word for word in words if word != "--resume"])
+        if job is None:
+            _train(recipe, resume)
+        else:
+            _until_stopped(job, recipe, resume)
 
 
 def recipe_help(recipe: Recipe) -> str:
@@ -152,16 +158,23 @@ def recipe_help(recipe: Recipe) -> str:
 
 
 def _train(recipe: Recipe, resume: bool) -> None:
-    from lora_dpo.training import Stopped, train
+    from lora_dpo.training import train
 
-    try:
-        directory = train(recipe, resume=resume)
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise SystemExit(stopped.code) from None
+    directory = _until_stopped(train, recipe, resume)
     if os.environ.get("RANK", "0") == "0":
         print(f"evaluate: lora-dpo eval {directory.path}")
         print(f"export:   lora-dpo export {directory.path} --to merged")
+
+
+def _until_stopped(job: Callable[..., Any], recipe: Recipe, resume: bool) -> Any:
+    """The job's result; a run that was asked to stop says how to go on and exits with the signal's status."""
+    from lora_dpo.training import Stopped
+
+    try:
+        return job(recipe, resume=resume)
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise SystemExit(stopped.code) from None
 
 
 @contextlib.contextmanager

@@ -97,7 +97,9 @@ def score(
 
 
 def batch_logprobs(model: Model, objective: Objective, batch: MicroBatch) -> LogProbs:
-    """Policy, and where the objective needs it reference, log-probs of one micro-batch; policy differentiable."""
+    """Policy, and where the objective needs it reference, log-probs of one micro-batch; policy
+    differentiable.
+    """
     reference = None
     if objective.needs_reference:
         reference = batch.per_sequence(reference_logprobs(model, batch))

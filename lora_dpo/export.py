@@ -1,4 +1,6 @@
-"""From a run to what is served elsewhere: a standalone adapter, or a merged model with a measured difference."""
+"""From a run to what is served elsewhere: a standalone adapter, or a merged model with a measured
+difference.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import bitsandbytes as bnb
+import bitsandbytes.functional as quantized
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -65,10 +68,12 @@ class MergeDifference:
 
 
 def export_merged(run: FinishedRun, to: Path, *, dtype: MergedDtype = "bfloat16") -> Path:
-    """Write a plain transformers model: each quantized weight dequantized, the adapter's update added in float32.
+    """Write a plain transformers model: each quantized weight dequantized, the adapter's update added in
+    float32.
 
     The weights are those of the base that was trained on (dequantized, not the original 16-bit ones), so the
-    merged model is the function that was trained, up to the rounding to `dtype`. Raises RunError if the folder
+    merged model is the function that was trained, up to the rounding to `dtype`. Raises RunError if the
+    folder
     is there already, ModelError if a weight doesn't fit the dtype.
     """
     _refuse_existing(to)
@@ -100,7 +105,9 @@ def merged_network(model: Model, base: Base, dtype: torch.dtype) -> PreTrainedMo
 
 
 def _merged_tensors(source: nn.Module, plain: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) for every parameter and saved buffer of the plain model, from the source's same-named module."""
+    """(name, tensor) for every parameter and saved buffer of the plain model, from the source's same-named
+    module.
+    """
     saved = set(plain.state_dict().keys())
     for path, module in plain.named_modules():
         names = [*module._parameters, *module._buffers]
@@ -130,7 +137,9 @@ def _unwrapped(module: nn.Module) -> nn.Module:
 
 
 def merged_weight(module: nn.Module) -> Tensor:
-    """A module's weight as it acts: dequantized, with the adapter's update (alpha / rank) B A added in float32."""
+    """A module's weight as it acts: dequantized, with the adapter's update (alpha / rank) B A added in
+    float32.
+    """
     weight = dequantized(_unwrapped(module))
     if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
         update = module.get_delta_weight(ADAPTER)  # pyright: ignore[reportCallIssue]
@@ -142,10 +151,10 @@ def dequantized(module: nn.Module) -> Tensor:
     """A module's weight, out of bitsandbytes' storage where it is in it."""
     weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     if isinstance(module, bnb.nn.Linear4bit):
-        return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)  # pyright: ignore
+        return quantized.dequantize_4bit(weight.data, weight.quant_state)  # pyright: ignore
     if isinstance(module, bnb.nn.Linear8bitLt):
         scales = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB  # pyright: ignore
-        return bnb.functional.int8_vectorwise_dequant(weight.data, scales)  # pyright: ignore[reportArgumentType]
+        return quantized.int8_vectorwise_dequant(weight.data, scales)  # pyright: ignore[reportArgumentType]
     return weight
 
 

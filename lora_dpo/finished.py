@@ -75,7 +75,9 @@ def open_finished(
 
 
 def evaluate_run(run: FinishedRun, *, display: Display | None = None) -> Evaluation:
-    """Held-out metrics with intervals; also written to evaluation.json. Raises RunError without held-out rows."""
+    """Held-out metrics with intervals; also written to evaluation.json. Raises RunError without held-out
+    rows.
+    """
     if not run.data.eval:
         raise RunError("this run holds out no rows: give some with --data FILE")
     display = display or Display(quiet=True)
@@ -98,7 +100,7 @@ def side_by_side(
     display = display or Display(quiet=True)
     chat = run.data.tokenizer
     records = _distinct_prompts(run.data.eval_records)[:count]
-    prompts = [chat.prompt_ids(record.prompt, record.tools, record.template_kwargs) for record in records]
+    prompts = [chat.prompt_ids(r.prompt, r.tools, r.template_kwargs).tolist() for r in records]
     texts: dict[str, list[str]] = {}
     with display.counting("generating", 2 * len(prompts)) as advance:
         for role in ("base", "policy"):

@@ -51,7 +51,8 @@ class LogitTransform:
 
 
 def token_logprobs(model: Model, batch: MicroBatch, *, head_bytes: int = HEAD_BYTES) -> Tensor:
-    """log π(target) of each score row, float32 (float64 for a float64 model) [S], differentiable by the adapters.
+    """log π(target) of each score row, float32 (float64 for a float64 model) [S], differentiable by the
+    adapters.
 
     The role is the caller's: adapters on, or inside `as_reference`. The batch lies on the model's device.
     """
@@ -78,7 +79,7 @@ def hidden_states(model: Model, batch: MicroBatch) -> Tensor:
 
 
 def vocabulary(model: Model) -> int:
-    return model.head.weight.shape[0]  # pyright: ignore[reportReturnType,reportIndexIssue,reportCallIssue,reportArgumentType]
+    return model.head.weight.shape[0]
 
 
 def head_is_frozen(model: Model) -> bool:

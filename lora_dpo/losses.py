@@ -40,7 +40,9 @@ class LogProbs:
 
     @property
     def log_ratio(self) -> Tensor:
-        """log π(side) − log ref(side), [B, k]; β times it is the implicit reward (Rafailov et al. 2023, eq. 5)."""
+        """log π(side) − log ref(side), [B, k]; β times it is the implicit reward (Rafailov et al. 2023, eq.
+        5).
+        """
         if self.reference is None:
             raise ValueError("this objective declared that it needs no reference, and then asked for one")
         return self.policy - self.reference
@@ -48,7 +50,9 @@ class LogProbs:
 
 @dataclass(frozen=True, eq=False)
 class Loss:
-    """per_example: float [B], differentiable. metrics: name → float [B], detached; the trainer averages them."""
+    """per_example: float [B], differentiable. metrics: name → float [B], detached; the trainer averages
+    them.
+    """
 
     per_example: Tensor
     metrics: Mapping[str, Tensor] = field(default_factory=dict)

@@ -32,7 +32,9 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, *, resume: bool = False) -> RunDirectory:
-        """A new run directory, or with `resume` the one that is there. Raises RunError if it is the other way."""
+        """A new run directory, or with `resume` the one that is there. Raises RunError if it is the other
+        way.
+        """
         run = cls(Path(path).expanduser())
         begun = run.recipe_file.exists()
         if begun and not resume:

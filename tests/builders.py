@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, TokenizersBackend
+from transformers import LlamaConfig, PreTrainedModel, TokenizersBackend
 
 from lora_dpo.attention import NAME
 from lora_dpo.model import Model, add_adapter
@@ -82,7 +82,9 @@ def random_branches(
 
 @contextmanager
 def float64_throughout():
-    """Norms, rotary embeddings and eager softmax upcast to float32, which would spoil a float64 comparison."""
+    """Norms, rotary embeddings and eager softmax upcast to float32, which would spoil a float64
+    comparison.
+    """
     with (
         mock.patch.object(torch, "float32", torch.float64),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
@@ -139,7 +141,7 @@ def save_small_model(folder: Path, **changes: Any) -> Path:
     config = llama_config(
         vocab_size=len(tokenizer), eos_token_id=2, bos_token_id=None, pad_token_id=0, **changes
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    build(config).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

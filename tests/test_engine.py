@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -32,7 +34,7 @@ SHAPES = [
     (0, (4, 5)),
     (8, (3, 4, 5)[:2]),
 ]
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -48,11 +50,11 @@ CONFIGS = {
         **SMALL,
         use_sliding_window=True,
         sliding_window=9,
-        max_window_layers=1,  # pyright: ignore
+        max_window_layers=1,
     ),
-    "qwen3": lambda: Qwen3Config(**SMALL),  # pyright: ignore
-    "mistral window": lambda: MistralConfig(**SMALL, sliding_window=11),  # pyright: ignore
-    "gemma2 softcap": lambda: Gemma2Config(**SMALL, sliding_window=8, query_pre_attn_scalar=16),  # pyright: ignore
+    "qwen3": lambda: Qwen3Config(**SMALL),
+    "mistral window": lambda: MistralConfig(**SMALL, sliding_window=11),
+    "gemma2 softcap": lambda: Gemma2Config(**SMALL, sliding_window=8, query_pre_attn_scalar=16),
     "gpt2": lambda: GPT2Config(
         vocab_size=97, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
     ),

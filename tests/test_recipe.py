@@ -25,6 +25,7 @@ from lora_dpo.recipe import (
     to_yaml,
 )
 
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 RECIPE = Recipe(base=Base("some/model"), data=Data("pairs.jsonl"))
 
 
@@ -68,7 +69,8 @@ def test_a_recipe_survives_its_yaml(recipe: Recipe):
 
 def test_yaml_and_script_and_overrides_give_the_same_recipe(tmp_path: Path):
     (tmp_path / "r.yaml").write_text(to_yaml(RECIPE))
-    script = "from lora_dpo import Base, Data, Recipe\nrecipe = Recipe(base=Base('some/model'), data=Data('pairs.jsonl'))\n"
+    made = "Recipe(base=Base('some/model'), data=Data('pairs.jsonl'))"
+    script = f"from lora_dpo import Base, Data, Recipe\nrecipe = {made}\n"
     (tmp_path / "r.py").write_text(script)
     words = ["loss.beta=0.05", "training.learning_rate=5e-6", "adapter.targets=q_proj,v_proj"]
     recipes = [load_recipe(tmp_path / name, words) for name in ("r.yaml", "r.py")]
@@ -90,6 +92,8 @@ def test_yaml_and_script_and_overrides_give_the_same_recipe(tmp_path: Path):
         ("loss=SFT", SFT()),
         ("--loss.beta=0.3", 0.3),
         ("run_directory=runs/x=y", "runs/x=y"),
+        ("data.chat_template={% for m in messages %}{{ m.content }}{% endfor %}", TEMPLATE),
+        ("data.chat_template=[INST]", "[INST]"),
     ],
 )
 def test_text_becomes_the_typed_value(text: str, value: object):

@@ -58,7 +58,9 @@ def test_the_untrained_policy_is_its_reference_to_the_bit(small_model: Path, qua
 
 @pytest.mark.parametrize(("quantization", "dtype"), QUANTIZATIONS)
 def test_training_leaves_the_base_as_it_was(small_model: Path, quantization: str, dtype: str):
-    """After steps, evaluation and more steps: every base tensor bit-equal, adapters off gives the base's logits."""
+    """After steps, evaluation and more steps: every base tensor bit-equal, adapters off gives the base's
+    logits.
+    """
     base = base_of(small_model, quantization, dtype)
     network = load_base(base)
     alone = Model(network, load_tokenizer(base), network.dtype)

@@ -75,7 +75,6 @@ def test_recipe_yaml_replays_the_run(recipe: Recipe, tmp_path: Path):
     assert same(adapter_of(first), adapter_of(again))
 
 
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 def test_a_run_that_dies_between_checkpoints_resumes_to_the_same_adapter_bit_for_bit(
     recipe: Recipe, tmp_path: Path, optimizer: str

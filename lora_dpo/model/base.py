@@ -8,8 +8,14 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from lora_dpo.attention import NAME as BRANCH_ATTENTION
@@ -18,7 +24,8 @@ from lora_dpo.recipe import Base
 
 
 def load_base(base: Base) -> PreTrainedModel:
-    """The frozen base in memory, quantized as asked, in train mode for ever, with no dropout and no gradients.
+    """The frozen base in memory, quantized as asked, in train mode for ever, with no dropout and no
+    gradients.
 
     Raises ModelError where it cannot be had.
     """
@@ -52,9 +59,7 @@ def load_config(base: Base) -> Any:
     config = _from_pretrained(AutoConfig, base)
     if getattr(config, "quantization_config", None) is not None:
         # Another quantization than the recipe's, or the same twice: neither is what the recipe says.
-        raise ModelError(
-            f"base.model {base.model} is already quantized; give the 16-bit model and choose base.quantization"
-        )
+        raise ModelError(f"base.model {base.model} is already quantized; give the 16-bit original instead")
     return config
 
 

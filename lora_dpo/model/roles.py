@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -37,19 +38,20 @@ class Model:
     def causal(self) -> PreTrainedModel:
         """The transformers model, its linear layers wrapped where an adapter is on."""
         network = self.network
-        return network.get_base_model() if isinstance(network, PeftModel) else network  # pyright: ignore[reportReturnType]
+        return cast(PreTrainedModel, network.get_base_model() if isinstance(network, PeftModel) else network)
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device  # pyright: ignore[reportReturnType]
+        return self.head.weight.device
 
     @cached_property
-    def head(self) -> nn.Module:
-        """The LM head, called as a module since it may carry an adapter."""
-        return self.causal.get_output_embeddings()
+    def head(self) -> nn.Linear:
+        """The LM head: a linear layer, or one wrapped by an adapter, which is called as a module."""
+        return cast(nn.Linear, self.causal.get_output_embeddings())
 
     @cached_property
-    def adapter_layers(self) -> list[BaseTunerLayer]:
+    def adapter_layers(self) -> list[Any]:
+        """peft's tuner layers: modules that hold a base layer and adapters for it."""
         return [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
 
     @cached_property
@@ -157,7 +159,9 @@ def as_policy(model: Model) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: Model) -> Iterator[None]:
-    """The adapters' dropout off, for evaluation. Everything else stays in train mode, quantized layers above all."""
+    """The adapters' dropout off, for evaluation. Everything else stays in train mode, quantized layers
+    above all.
+    """
     dropouts = [m for layer in model.adapter_layers for m in layer.modules() if isinstance(m, nn.Dropout)]
     for module in dropouts:
         module.training = False

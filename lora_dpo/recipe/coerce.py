@@ -77,20 +77,21 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
 
 def _coerce_union(hint: Any, value: Any, key: str) -> Any:
     options = get_args(hint)
-    value = _structured(value, key)
+    if any(get_origin(option) is tuple or dataclasses.is_dataclass(option) for option in options):
+        value = _structured(value, key)
     if types.NoneType in options and (value is None or value in ("null", "none", "None", "")):
         return None
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             return coerce(option, value, key)
-    for option in options:
-        if option is not types.NoneType:
-            try:
-                return coerce(option, value, key)
-            except RecipeError as error:
-                inner = error
     real = [option for option in options if option is not types.NoneType]
-    raise inner if len(real) == 1 else refusal(key, value, describe(hint))  # pyright: ignore[reportPossiblyUnboundVariable]
+    inner = refusal(key, value, describe(hint))
+    for option in real:
+        try:
+            return coerce(option, value, key)
+        except RecipeError as error:
+            inner = error
+    raise inner if len(real) == 1 else refusal(key, value, describe(hint))
 
 
 def _coerce_tuple(hint: Any, value: Any, key: str) -> tuple:

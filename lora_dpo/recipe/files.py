@@ -20,7 +20,8 @@ from lora_dpo.recipe.schema import Recipe, parse_objective
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a `.py` file (its variable `recipe`) or a `.yaml` file, with `key=value` overrides.
 
-    Raises RecipeError where the file or a key is wrong. A `.py` file is run, so it is as trusted as any script.
+    Raises RecipeError where the file or a key is wrong. A `.py` file is run, so it is as trusted as any
+    script.
     """
     file = Path(path)
     if not file.is_file():

@@ -95,8 +95,9 @@ class Source(Section):
 class Data(Section):
     """The preference pairs, and how they become tokens.
 
-    train: one source or several: paths, hub ids, or (from Python) a `datasets.Dataset`. eval: sources held out; or give eval_fraction (a share of the prompts) or
-    eval_last (the last n rows of the training source). max_rows, max_eval_rows: caps on the rows used.
+    train: one source or several: paths, hub ids, or (from Python) a `datasets.Dataset`.
+    eval: sources held out; or give eval_fraction (a share of the prompts) or eval_last (the last n rows of
+    the training source). max_rows, max_eval_rows: caps on the rows used.
     format: "auto" recognises the layout row by row; "text" takes already rendered strings as they are.
     chat_template: a Jinja template, or the path of a file that holds one, instead of the tokenizer's own.
     max_tokens: longest side, prompt and response. max_prompt_tokens: longest prompt; its end is kept.

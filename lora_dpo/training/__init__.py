@@ -15,8 +15,8 @@ __all__ = [
     "Trainer",
     "TrainingData",
     "chat_tokenizer",
-    "prepare_data",
     "preflight",
+    "prepare_data",
     "step_gradient",
     "train",
 ]

@@ -1,4 +1,6 @@
-"""Who is told of every step: the metrics file, experiment trackers, the display, and the user's own observers."""
+"""Who is told of every step: the metrics file, experiment trackers, the display, and the user's own
+observers.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,9 @@ def make_optimizer(training: Training, parameters: Mapping[str, nn.Parameter]) -
         return torch.optim.AdamW(tensors, fused=tensors[0].is_cuda, **arguments)
     import bitsandbytes as bnb
 
+    if not tensors[0].is_cuda:
+        # What pages on a card is ordinary memory here: nothing to warn about.
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     kinds = {
         "adamw_8bit": bnb.optim.AdamW8bit,
         "paged_adamw": bnb.optim.PagedAdamW,

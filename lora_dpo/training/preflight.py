@@ -1,4 +1,6 @@
-"""Before the first step: is the policy its reference, do gradients go where they should, will the longest fit?"""
+"""Before the first step: is the policy its reference, do gradients go where they should, will the longest
+fit?
+"""
 
 from __future__ import annotations
 
@@ -51,13 +53,15 @@ def preflight(
 
 
 def _check_start(model: Model, objective: Objective, batch: MicroBatch) -> str:
-    """A fresh adapter adds exactly nothing: every log-ratio is 0, and the loss is the objective's value there."""
+    """A fresh adapter adds exactly nothing: every log-ratio is 0, and the loss is the objective's value
+    there.
+    """
     logprobs = batch_logprobs(model, objective, batch)
     ratio = logprobs.log_ratio.abs().max().item()
     if ratio != 0.0:
         raise PreflightError(
-            f"the untrained policy differs from its reference by {ratio:.3g} nats on one pair, where it must be"
-            " exactly 0: the base does not give the same result twice, or the adapter is not fresh"
+            f"the untrained policy differs from its reference by {ratio:.3g} nats on one pair, where it must"
+            " be exactly 0: the base does not give the same result twice, or the adapter is not fresh"
         )
     loss = objective(logprobs).per_example.mean().item()
     return f"policy = reference at the start: every log-ratio is exactly 0, loss {loss:.6f}"
@@ -72,8 +76,8 @@ def _check_packing(model: Model, item: Branches) -> str:
     difference = (packed - alone).abs().mean().item()
     if not difference <= TOLERANCE[model.compute_dtype]:
         raise PreflightError(
-            f"{model.causal.config.model_type} models can't be packed yet: log-probs differ by {difference:.3g}"
-            " nats a token from one sequence at a time"
+            f"{model.causal.config.model_type} models can't be packed yet: log-probs differ by"
+            f" {difference:.3g} nats a token from one sequence at a time"
         )
     return f"packed branches agree with single sequences to {difference:.1g} nats a token"
 
@@ -100,13 +104,15 @@ def _check_isolation(model: Model, items: Sequence[Branches]) -> str:
     if leak > allowed:
         raise PreflightError(
             f"{model.causal.config.model_type} models can't be packed yet: what one branch holds changes"
-            f" another's log-probs by {leak:.3g} nats (layers with recurrent state, or attention of their own)"
+            f" another's log-probs by {leak:.3g} nats (recurrent layers, or attention of their own)"
         )
     return "branches don't see each other"
 
 
 def _with_first_rest_changed(batch: MicroBatch, tokens: int) -> MicroBatch | None:
-    """The batch with every token of the first example's first rest replaced by its neighbour in the vocabulary."""
+    """The batch with every token of the first example's first rest replaced by its neighbour in the
+    vocabulary.
+    """
     own = (batch.layout.example == 0) & (batch.layout.branch == 1)
     if not bool(own.any()):
         return None
@@ -121,7 +127,9 @@ def _has_experts(model: Model) -> bool:
 
 
 def _check_gradients(model: Model, objective: Objective, batch: MicroBatch) -> str:
-    """With a small random B, every adapter tensor gets a finite gradient, nothing else any, the reference stays."""
+    """With a small random B, every adapter tensor gets a finite gradient, nothing else any, the reference
+    stays.
+    """
     before = reference_logprobs(model, batch)
     with _perturbed(model):
         loss = objective(batch_logprobs(model, objective, batch))
@@ -169,19 +177,21 @@ def _perturbed(model: Model) -> Iterator[None]:
 def _check_longest(
     model: Model, objective: Objective, branches: Sequence[Branches], tokens_per_microbatch: int
 ) -> str:
-    """A forward and backward pass of the longest example, and of the fullest micro-batch, before the night."""
+    """A forward and backward pass of the longest example, and of the fullest micro-batch, before the
+    night.
+    """
     longest = max(branches, key=lambda item: item.tokens)
     by_size = sorted(branches, key=lambda item: -item.tokens)
     fill = max(1, math.ceil(tokens_per_microbatch / max(1, by_size[-1].tokens)))
     fullest = max(pack(list(itertools.islice(by_size, fill)), tokens_per_microbatch), key=lambda b: b.tokens)
+    batch = collate([longest], [0]) if longest.tokens >= fullest.tokens else fullest
     try:
-        batch = collate([longest], [0]) if longest.tokens >= fullest.tokens else fullest
         objective(batch_logprobs(model, objective, batch.to(model.device))).per_example.sum().backward()
     except torch.OutOfMemoryError as error:
         if batch is not fullest or len(batch.examples) == 1:
             raise PreflightError(
-                f"the longest example ({longest.tokens} tokens, {longest.where}) does not fit in memory: lower"
-                " data.max_tokens, or set training.gradient_checkpointing=true"
+                f"the longest example ({longest.tokens} tokens, {longest.where}) does not fit in memory:"
+                " lower data.max_tokens, or set training.gradient_checkpointing=true"
             ) from error
         return "a full micro-batch does not fit in memory; training will pack smaller ones"
     return f"the longest example has {longest.tokens} tokens; a micro-batch of {batch.tokens} tokens fits"

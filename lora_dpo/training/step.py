@@ -90,6 +90,8 @@ def _accumulate(
 
 
 def step_seed(seed: int, step: int, process: int = 0) -> int:
-    """The RNG seed of a step: a function of the run's seed and the step's number, so a resumed run repeats it."""
+    """The RNG seed of a step: a function of the run's seed and the step's number, so a resumed run repeats
+    it.
+    """
     digest = hashlib.sha256(f"{seed}/{step}/{process}".encode()).digest()
     return int.from_bytes(digest[:7], "big")

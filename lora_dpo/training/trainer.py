@@ -131,6 +131,11 @@ class Trainer:
         )
         if self.training.gradient_checkpointing:
             model.checkpoint_layers()
+        if len(data.train) < self.training.pairs_per_step:
+            display.say(
+                f"note: {len(data.train)} training examples are fewer than training.pairs_per_step"
+                f" ({self.training.pairs_per_step}), so each step meets some of them more than once"
+            )
         self.sampler = StepSampler(len(data.train), self.training.pairs_per_step, self.training.seed)
         steps = self.sampler.steps(self.training.epochs)
         self.steps = min(steps, self.training.max_steps or steps)

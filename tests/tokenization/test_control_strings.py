@@ -234,7 +234,7 @@ def test_two_turns_have_two_starts_and_two_ends_whatever_they_hold(designs, aske
         controls = control_strings(design.tokenizer)
         turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": said + "."}]
         ids = ChatTokenizer(design.tokenizer, design.template, 1000).branches(demonstration(turns)).side(0)
-        structure = [text for text in ("<|im_start|>", "<|im_end|>") * 2]
+        structure = list(("<|im_start|>", "<|im_end|>") * 2)
         found = [
             i for i in control_ids(ids, controls) if i in (controls["<|im_start|>"], controls["<|im_end|>"])
         ]

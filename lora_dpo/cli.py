@@ -126,7 +126,8 @@ def run(
 ) -> None:
     """What a recipe script ends with: `python recipes/NAME.py key=value … [--resume]`.
 
-    job(recipe, resume=…) is what is done; training, unless something else is given. Prints errors without a traceback and exits with the status the command line would.
+    job(recipe, resume=…) is what is done; training, unless something else is given. Prints errors
+    without a traceback and exits with the status the command line would.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     with friendly_errors():

@@ -197,7 +197,7 @@ def test_side_by_side_answers_are_what_plain_greedy_generation_gives(finished: F
     ids = torch.from_numpy(finished.data.tokenizer.prompt_ids(record.prompt)).long()[None]
     causal = finished.model.causal
     causal.set_attn_implementation("sdpa")
-    made = causal.generate(
+    made = causal.generate(  # pyright: ignore[reportCallIssue]
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=8
     )
     causal.set_attn_implementation("lora_dpo_branches")

@@ -51,7 +51,9 @@ def test_most_demonstrations_ramble():
 def test_the_tour_goes_the_whole_way_and_uses_what_it_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """A hundredth of the work, so that it ends in seconds; its figures are those of a model that knows nothing."""
+    """A hundredth of the work, so that it ends in seconds; its figures are those of a model that knows
+    nothing.
+    """
     monkeypatch.setenv("LORA_DPO_CACHE", str(tmp_path / "cache"))
     settings = BaseSettings(
         demonstrations=64, width=64, layers=1, heads=1, mlp=64, preferences=24, held_out=8

@@ -1,4 +1,6 @@
-"""The main job on real text and a model trained on it; skipped where those sets are not beside the checkout."""
+"""The main job on real text and a model trained on it; skipped where those sets are not beside the
+checkout.
+"""
 
 from __future__ import annotations
 

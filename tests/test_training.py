@@ -192,7 +192,7 @@ def test_float16_trains_with_loss_scaling_and_float32_adapters(recipe: Recipe):
 
 
 def test_a_gradient_that_is_not_a_number_stops_the_run_before_the_update(recipe: Recipe):
-    from lora_dpo.training import trainer as module
+    from lora_dpo.training import start as module
 
     def poison(record: Record) -> None:
         if record.step == 2:

@@ -1,4 +1,5 @@
-"""The embedded default: a base, preferences with a rule that can judge answers, and a tour through the library.
+"""The embedded default: a base, preferences with a rule that can judge answers, and a tour through the
+library.
 
 No network, no GPU, nothing downloaded: everything is made here from a seed.
 """

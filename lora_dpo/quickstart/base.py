@@ -1,6 +1,8 @@
-"""The quickstart's own base: a tokenizer and a small chat model, trained here from scratch on its demonstrations.
+"""The quickstart's own base: a tokenizer and a small chat model, trained here from scratch on its
+demonstrations.
 
-It is made once and kept in a cache folder, since it takes minutes and is a function of the seed. It is trained
+It is made once and kept in a cache folder, since it takes minutes and is a function of the seed. It is
+trained
 with the library's own pieces (packing, log-probs, the SFT objective), all parameters this time.
 """
 
@@ -29,9 +31,14 @@ from lora_dpo.training import Display, step_gradient
 from lora_dpo.training.optimizer import learning_rate, set_learning_rate
 
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% for m in messages %}"
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
 @dataclass(frozen=True)
@@ -79,13 +86,10 @@ def quickstart_base(folder: Path, settings: BaseSettings, display: Display) -> P
     target = folder / "base"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(
-            folder / "demonstrations.jsonl", _lines(demonstrations(settings.seed, settings.demonstrations))
-        )
+        rows = demonstrations(settings.seed, settings.demonstrations)
+        write_text(folder / "demonstrations.jsonl", _lines(rows))
         loaded = load_demonstrations(Data(str(folder / "demonstrations.jsonl")))
-        tokenizer = train_tokenizer(
-            [str(m["content"]) for d in loaded.train for m in (*d.prompt, *d.response)], settings
-        )
+        tokenizer = train_tokenizer([m["content"] for row in rows for m in row["messages"]], settings)
         network = new_network(tokenizer, settings)
         device = pick_device(Base("quickstart"))
         dtype = pick_compute_dtype(Base("quickstart"), device)
@@ -93,7 +97,7 @@ def quickstart_base(folder: Path, settings: BaseSettings, display: Display) -> P
         train_base(model, tokenize(loaded.train, ChatTokenizer(tokenizer)).branches, settings, display)
 
         def fill(part: Path) -> None:
-            model.causal.to(torch.bfloat16).save_pretrained(str(part))
+            model.causal.bfloat16().save_pretrained(str(part))
             tokenizer.save_pretrained(str(part))
 
         write_folder(target, fill)
@@ -107,7 +111,7 @@ def train_tokenizer(texts: Sequence[str], settings: BaseSettings) -> TokenizersB
     core.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocabulary,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=SPECIAL,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -130,11 +134,12 @@ def new_network(tokenizer: TokenizersBackend, settings: BaseSettings) -> LlamaFo
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        attn_implementation=NAME,
+        eos_token_id=SPECIAL.index("<|im_end|>"),
+        pad_token_id=SPECIAL.index("<|endoftext|>"),
     )
-    return LlamaForCausalLM(config)
+    network = LlamaForCausalLM(config)
+    network.set_attn_implementation(NAME)
+    return network
 
 
 def train_base(model: Model, branches: Sequence, settings: BaseSettings, display: Display) -> None:

@@ -54,7 +54,8 @@ STYLE_SHARES_IF_QUICK = {"short": 0.7, "evasive": 0.04, "rambling": 0.26}
 class Family:
     """Facts of one kind, item → answer, and how to word them.
 
-    topic names what is asked, asks are ways to ask beside ASKS, short is a way to answer beside "{topic} is {answer}".
+    topic names what is asked, asks are ways to ask beside ASKS,
+    short is a way to answer beside "{topic} is {answer}".
     """
 
     topic: str
@@ -83,7 +84,7 @@ class Question:
 
     @property
     def rivals(self) -> list[str]:
-        """The family's wrong answers to this question, sorted; those that occur in the prompt are left out."""
+        """The family's wrong answers to this question, sorted, except those that occur in the prompt."""
         answers = set(self.family.facts.values()) - {self.answer}
         return sorted(answer for answer in answers if not mentions(self.prompt, answer))
 
@@ -105,8 +106,8 @@ def preference_rows(
 ) -> tuple[list[PreferenceRow], list[PreferenceRow]]:
     """`count` pairs to train on and `held_out` pairs to evaluate on.
 
-    Within each list a prompt comes again only after all prompts of its side of the split were used. The prompts of
-    the held-out pairs occur neither in the training pairs nor in the demonstrations of the same seed.
+    Within each list a prompt comes again only after all were used. The prompts of the held-out pairs occur
+    neither in the training pairs nor in the demonstrations of the same seed.
     """
     rng = Random(f"preferences {seed}")
     training, evaluation = _split(seed)
@@ -234,12 +235,13 @@ CLOSING = (
     "Anyway, please feel free to ask me again!",
     "I could say more, but I should stop here.",
 )
-EVADING = ("I would rather not say.", "I am not sure about that.", "I have never thought about it.")
+EVADING = ("I would rather not say.", "I am not sure about that.", "I would have to look that up.")
 
 
 def _facts(text: str) -> dict[str, str]:
     """{"France": "Paris", …} from "France Paris, …": the answer is the last word."""
-    return {item: answer for item, answer in (pair.strip().rsplit(" ", 1) for pair in text.split(","))}
+    words = (pair.split() for pair in text.split(","))
+    return {" ".join(item): answer for *item, answer in words}
 
 
 def _successors(kind: str, names: str) -> dict[str, str]:
@@ -250,25 +252,28 @@ def _successors(kind: str, names: str) -> dict[str, str]:
 
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
 MONTHS = "January February March April May June July August September October November December"
-CAPITALS = """France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Germany Berlin, Austria Vienna, Greece Athens,
-    Norway Oslo, Sweden Stockholm, Denmark Copenhagen, Ireland Dublin, Poland Warsaw, Japan Tokyo, Thailand Bangkok,
-    Egypt Cairo, Kenya Nairobi, Ghana Accra, Canada Ottawa, Cuba Havana, Peru Lima"""
-OPPOSITES = """hot cold, big small, fast slow, tall short, early late, full empty, happy sad, light dark, loud quiet,
-    old young, open closed, rich poor, hard soft, strong weak, sweet sour, thick thin, wet dry, wide narrow, near far,
-    high low"""
+CAPITALS = """France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Germany Berlin, Austria Vienna,
+    Greece Athens, Norway Oslo, Sweden Stockholm, Denmark Copenhagen, Ireland Dublin, Poland Warsaw,
+    Japan Tokyo, Thailand Bangkok, Egypt Cairo, Kenya Nairobi, Ghana Accra, Canada Ottawa, Cuba Havana,
+    Peru Lima"""
+OPPOSITES = """hot cold, big small, fast slow, tall short, early late, full empty, happy sad, light dark,
+    loud quiet, old young, open closed, rich poor, hard soft, strong weak, sweet sour, thick thin,
+    wet dry, wide narrow, near far, high low"""
 COLOURS = """a lemon yellow, a banana yellow, the sun yellow, a canary yellow, grass green, a frog green,
-    spinach green, snow white, milk white, a swan white, coal black, a raven black, a tomato red, a cherry red,
-    a ladybird red, the sky blue, a sapphire blue, a carrot orange, a pumpkin orange, chocolate brown,
-    a flamingo pink, a plum purple, an elephant grey"""
-PLURALS = """mouse mice, goose geese, foot feet, tooth teeth, child children, man men, woman women, ox oxen,
-    leaf leaves, wolf wolves, knife knives, city cities, baby babies, box boxes, hero heroes, story stories"""
-PAST_TENSES = """go went, see saw, eat ate, run ran, take took, give gave, write wrote, drive drove, sing sang,
-    swim swam, buy bought, bring brought, think thought, sleep slept, fly flew, know knew, speak spoke"""
+    spinach green, snow white, milk white, a swan white, coal black, a raven black, a tomato red,
+    a cherry red, a ladybird red, the sky blue, a sapphire blue, a carrot orange, a pumpkin orange,
+    chocolate brown, a flamingo pink, a plum purple, an elephant grey"""
+PLURALS = """mouse mice, goose geese, foot feet, tooth teeth, child children, man men, woman women,
+    ox oxen, leaf leaves, wolf wolves, knife knives, city cities, baby babies, box boxes, hero heroes,
+    story stories"""
+PAST_TENSES = """go went, see saw, eat ate, run ran, take took, give gave, write wrote, drive drove,
+    sing sang, swim swam, buy bought, bring brought, think thought, sleep slept, fly flew, know knew,
+    speak spoke"""
 YOUNG = """a baby dog puppy, a baby cat kitten, a baby cow calf, a baby horse foal, a baby sheep lamb,
-    a baby hen chick, a baby duck duckling, a baby bear cub, a baby goat kid, a baby kangaroo joey, a baby pig piglet,
-    a baby deer fawn"""
-SOUNDS = """a cow moo, a dog woof, a cat meow, a duck quack, a sheep baa, a pig oink, a horse neigh, a frog ribbit,
-    an owl hoot, a bee buzz, a snake hiss, a lion roar"""
+    a baby hen chick, a baby duck duckling, a baby bear cub, a baby goat kid, a baby kangaroo joey,
+    a baby pig piglet, a baby deer fawn"""
+SOUNDS = """a cow moo, a dog woof, a cat meow, a duck quack, a sheep baa, a pig oink, a horse neigh,
+    a frog ribbit, an owl hoot, a bee buzz, a snake hiss, a lion roar"""
 LEGS = "a spider eight, an ant six, a bee six, a horse four, a dog four, a cow four, a hen two, a swan two"
 
 _AFTER = ("which is the {item}?", "what do we call the {item}?")

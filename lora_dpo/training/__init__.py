@@ -4,8 +4,9 @@ from lora_dpo.training.data import TrainingData, chat_tokenizer, prepare_data
 from lora_dpo.training.observers import Observer, Record
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display
+from lora_dpo.training.start import train
 from lora_dpo.training.step import step_gradient
-from lora_dpo.training.trainer import Stopped, Trainer, train
+from lora_dpo.training.trainer import Stopped, Trainer
 
 __all__ = [
     "Display",

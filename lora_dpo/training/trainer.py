@@ -16,9 +16,9 @@ from accelerate import Accelerator
 from lora_dpo.batching import StepSampler
 from lora_dpo.errors import RecipeError, RunError
 from lora_dpo.evaluation import evaluate
-from lora_dpo.model import Model, load_model, load_tokenizer
-from lora_dpo.recipe import Recipe, load_recipe, to_dict, to_yaml
-from lora_dpo.run_directory import RunDirectory, damage, write_folder, write_text
+from lora_dpo.model import Model
+from lora_dpo.recipe import Recipe, to_dict
+from lora_dpo.run_directory import RunDirectory, damage, write_folder
 from lora_dpo.training.checkpoint import (
     TrainingState,
     data_fingerprint,
@@ -27,8 +27,8 @@ from lora_dpo.training.checkpoint import (
     save_adapter,
     save_checkpoint,
 )
-from lora_dpo.training.data import TrainingData, prepare_data
-from lora_dpo.training.observers import Observer, Record, check_trackers, flat, metrics_file, trackers
+from lora_dpo.training.data import TrainingData
+from lora_dpo.training.observers import Observer, Record, metrics_file, trackers
 from lora_dpo.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display, duration
@@ -41,63 +41,6 @@ class Stopped(Exception):
     def __init__(self, signal_number: int, folder: Path):
         super().__init__(f"stopped; go on with --resume (last checkpoint: {folder})")
         self.code = 128 + signal_number
-
-
-def train(
-    recipe: Recipe, *, observers: Sequence[Observer] = (), resume: bool = False, quiet: bool = False
-) -> RunDirectory:
-    """Run a recipe: data, base and adapter, preflight, training. Returns the run directory.
-
-    observers are called with every `Record`. resume goes on with the run in the recipe's run directory.
-    Raises UserError for what the user can mend, and Stopped after SIGINT or SIGTERM.
-    """
-    check_trackers(recipe.training.trackers)
-    run = RunDirectory.create(recipe.run_directory, resume=resume)
-    if resume:
-        check_same_recipe(recipe, run)
-    accelerator = Accelerator(
-        cpu=recipe.base.device == "cpu",
-        log_with=list(recipe.training.trackers) or None,
-        project_dir=str(run.path),
-    )
-    display = Display(quiet=quiet or not accelerator.is_main_process)
-    # Everything about the data is known before the minutes that loading a large base takes.
-    data = prepare_data(
-        recipe.data, recipe.loss, load_tokenizer(recipe.base), seed=recipe.training.seed, display=display
-    )
-    started = time.monotonic()
-    model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed)
-    display.say(
-        f"base: {recipe.base.model}, {describe_model(model, recipe)}, {time.monotonic() - started:.1f}s"
-    )
-    trainer = Trainer(recipe, run, model, data, accelerator, display, observers)
-    if resume:
-        trainer.resume()
-    trainer.preflight()
-    if accelerator.is_main_process and not resume:
-        # From here on it is a run: what failed before this line can simply be started again.
-        write_text(run.recipe_file, to_yaml(recipe))
-    trainer.run()
-    return run
-
-
-def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
-    """Raise RunError, naming the keys, where the recipe isn't the one that the run began with."""
-    now, then = flat(to_dict(recipe)), flat(to_dict(load_recipe(run.recipe_file)))
-    differ = [k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k != "run_directory"]
-    if differ:
-        changes = ", ".join(f"{k}: {then.get(k)} → {now.get(k)}" for k in sorted(differ))
-        raise RunError(f"--resume: the recipe is not the one that {run.path} began with ({changes})")
-
-
-def describe_model(model: Model, recipe: Recipe) -> str:
-    total = sum(p.numel() * p.element_size() for p in model.network.parameters()) / 2**20
-    trainable = sum(p.numel() for p in model.trainable.values())
-    dtype = str(model.compute_dtype).removeprefix("torch.")
-    return (
-        f"{recipe.base.quantization} with {dtype} compute on {model.device.type}, {total:,.0f} MiB,"
-        f" {trainable:,} adapter parameters"
-    )
 
 
 class Trainer:

@@ -8,6 +8,7 @@ predicts that token. The last shared position may serve several targets, one a s
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,18 +57,11 @@ class BranchLayout:
     @cached_property
     def separate_blocks(self) -> tuple[Block, ...]:
         """Blocks of each example by itself: [prefix + first rest] over itself, then every other rest."""
-        blocks, start = [], 0
-        for prefix, *rests in self.lengths:
-            first = start + prefix + rests[0]
-            blocks.append(Block(start, first, ((start, first),), causal=True))
-            for rest in rests[1:]:
-                own = (first, first + rest)
-                spans = ((start, start + prefix), own) if prefix else (own,)
-                if rest:
-                    blocks.append(Block(*own, spans, causal=prefix == 0))
-                first += rest
-            start = first
-        return tuple(blocks)
+        starts = itertools.accumulate((sum(lengths) for lengths in self.lengths), initial=0)
+        parts = (
+            _branch_blocks(start, *lengths) for start, lengths in zip(starts, self.lengths, strict=False)
+        )
+        return tuple(block for blocks in parts for block in blocks)
 
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
@@ -81,7 +75,7 @@ class BranchLayout:
             last = n + 1 == len(self.lengths)
             if last or end + sum(self.lengths[n + 1]) - group > MERGED_TOKENS:
                 if group == start:
-                    blocks += [b for b in self.separate_blocks if group <= b.start < end]
+                    blocks += _branch_blocks(start, *lengths)
                 else:
                     blocks.append(Block(group, end, ((group, end),), causal=False))
                 group = end
@@ -120,6 +114,19 @@ class BranchLayout:
                 seen &= distance < window
             self._masks[key] = seen
         return self._masks[key]
+
+
+def _branch_blocks(start: int, prefix: int, *rests: int) -> list[Block]:
+    """The blocks of one example that lies at `start`."""
+    end = start + prefix + rests[0]
+    blocks = [Block(start, end, ((start, end),), causal=True)]
+    for rest in rests[1:]:
+        own = (end, end + rest)
+        spans = ((start, start + prefix), own) if prefix else (own,)
+        if rest:
+            blocks.append(Block(*own, spans, causal=prefix == 0))
+        end += rest
+    return blocks
 
 
 @dataclass(frozen=True, eq=False)

@@ -161,3 +161,43 @@ def test_a_layout_must_be_given():
     model = float64_model(llama_config())
     with pytest.raises(ValueError, match="branch_layout"):
         model.causal(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+
+
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """Variable-length attention by its definition: [T, H, d], causal from the bottom right, left window."""
+    out = torch.empty_like(q)
+    for n in range(len(cu_q) - 1):
+        rows, keys = slice(int(cu_q[n]), int(cu_q[n + 1])), slice(int(cu_k[n]), int(cu_k[n + 1]))
+        qs, ks, vs = q[rows], k[keys], v[keys]
+        assert len(qs) <= max_q and len(ks) <= max_k
+        if enable_gqa:
+            ks, vs = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (ks, vs))
+        at = torch.arange(len(qs))[:, None] + len(ks) - len(qs)
+        distance = at - torch.arange(len(ks))[None]
+        seen = (distance >= -window_size[1]) & ((window_size[0] < 0) | (distance <= window_size[0]))
+        logits = torch.einsum("qhd,khd->hqk", qs, ks) * scale
+        out[rows] = torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), vs)
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize("grouped_call", [True, False], ids=["enable_gqa", "no enable_gqa"])
+def test_the_variable_length_call_gives_what_the_blocks_give(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, grouped_call: bool
+):
+    """The CUDA path's arguments, with the call itself replaced by its definition; the kernel is not tested."""
+    from lora_dpo import attention
+
+    names = frozenset({"scale", "window_size"} | ({"enable_gqa"} if grouped_call else set()))
+    monkeypatch.setattr(attention, "_varlen", lambda: (plain_varlen, names))
+    layout = collate(examples(4), range(len(SHAPES))).layout
+    generator = torch.Generator().manual_seed(0)
+    tokens = len(layout.example)
+    query = torch.randn(1, 4, tokens, 16, generator=generator, dtype=torch.float64)
+    key, value = (torch.randn(1, 2, tokens, 16, generator=generator, dtype=torch.float64) for _ in range(2))
+    flash = attention._flash(query, key, value, layout, 0.3, window)
+    blocks, _ = attention.branch_attention(
+        torch.nn.Module(), query, key, value, None, scaling=0.3, branch_layout=layout, sliding_window=window
+    )
+    assert flash.shape == blocks.shape == (1, tokens, 4, 16)
+    assert (flash - blocks).abs().max() < 1e-12

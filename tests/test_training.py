@@ -63,7 +63,7 @@ def test_a_run_learns_and_writes_everything_it_names(recipe: Recipe):
         "logps/chosen",
     }
     named |= {"logps/rejected", "logps/chosen_change", "logps/rejected_change", "grad_norm", "learning_rate"}
-    named |= {"tokens_per_second", "pairs_per_second", "memory_gib"}
+    named |= {"tokens_per_second", "pairs_per_second", "peak_memory_gib"}
     assert named <= records[0].keys()
     assert load_recipe(run.recipe_file) == override(recipe, ["training.max_steps=20"])
     assert damage(run.checkpoint_folder(20)) is None

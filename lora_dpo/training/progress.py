@@ -89,7 +89,7 @@ SHOWN = {
     "rewards/margin": "margin {:+.3f}",
     "rewards/accuracy": "accuracy {:.2f}",
     "tokens_per_second": "{:,.0f} tokens/s",
-    "memory_gib": "{:.1f} GiB",
+    "peak_memory_gib": "{:.1f} GiB",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -194,7 +195,7 @@ class Trainer:
         return {
             "tokens_per_second": tokens / seconds,
             "pairs_per_second": len(examples) / seconds,
-            "memory_gib": peak_memory_gib(self.model.device),
+            "peak_memory_gib": peak_memory_gib(self.model.device),
             "tokens_per_microbatch": self.state.tokens_per_microbatch,
             "seconds": seconds,
             "seconds_left": left,
@@ -301,7 +302,12 @@ class Trainer:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """CUDA: the most that tensors took so far. CPU: what the process has resident now."""
+    """CUDA: the most that tensors took so far. CPU: the most that the process had resident so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return psutil.Process().memory_info().rss / 2**30
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -185,7 +185,9 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enabl
 def test_the_variable_length_call_gives_what_the_blocks_give(
     monkeypatch: pytest.MonkeyPatch, window: int | None, grouped_call: bool
 ):
-    """The CUDA path's arguments, with the call itself replaced by its definition; the kernel is not tested."""
+    """The CUDA path's arguments, with the call itself replaced by its definition; the kernel is not
+    tested.
+    """
     from lora_dpo import attention
 
     names = frozenset({"scale", "window_size"} | ({"enable_gqa"} if grouped_call else set()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +154,7 @@ def test_preflight_passes_and_leaves_the_adapter_as_it_was(small_model: Path):
     model = load_model(base_of(small_model), Adapter(rank=4))
     before = {name: p.detach().clone() for name, p in model.trainable.items()}
     said: list[str] = []
-    preflight(model, DPO(), branches(), tokens_per_microbatch=200, say=said.append)
+    preflight(model, DPO(), branches(), examples_per_step=4, tokens_per_microbatch=200, say=said.append)
     assert len(said) == 5
     assert all(torch.equal(before[name], p) for name, p in model.trainable.items())
     assert all(p.grad is None for p in model.network.parameters())
@@ -162,14 +163,14 @@ def test_preflight_passes_and_leaves_the_adapter_as_it_was(small_model: Path):
 def test_preflight_refuses_a_policy_that_is_not_its_reference(small_model: Path):
     model = with_random_adapter(load_model(base_of(small_model), Adapter(rank=4)))
     with pytest.raises(PreflightError, match="exactly 0"):
-        preflight(model, DPO(), branches(), tokens_per_microbatch=200)
+        preflight(model, DPO(), branches(), examples_per_step=4, tokens_per_microbatch=200)
 
 
 def test_preflight_refuses_a_base_that_trains(small_model: Path):
     model = load_model(base_of(small_model, "none"), Adapter(rank=4))
     model.causal.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(PreflightError, match="embed_tokens"):
-        preflight(model, DPO(), branches(), tokens_per_microbatch=200)
+        preflight(model, DPO(), branches(), examples_per_step=4, tokens_per_microbatch=200)
 
 
 def test_preflight_refuses_an_architecture_whose_branches_see_each_other():
@@ -192,7 +193,25 @@ def test_preflight_refuses_an_architecture_whose_branches_see_each_other():
     network = build(config).requires_grad_(False)
     model = add_adapter(Model(network, None, torch.float32), Adapter(rank=4, targets=("in_proj",)))  # pyright: ignore
     with pytest.raises(PreflightError, match="can't be packed"):
-        preflight(model, DPO(), branches(), tokens_per_microbatch=200)
+        preflight(model, DPO(), branches(), examples_per_step=4, tokens_per_microbatch=200)
+
+
+def test_preflight_names_the_row_that_does_not_fit(small_model: Path, monkeypatch: pytest.MonkeyPatch):
+    module = import_module("lora_dpo.training.preflight")
+    genuine = module.batch_logprobs
+
+    def failing(model, objective, batch):
+        if batch.tokens > 60:
+            raise torch.OutOfMemoryError("simulated")
+        return genuine(model, objective, batch)
+
+    monkeypatch.setattr(module, "batch_logprobs", failing)
+    rng = np.random.default_rng(0)
+    items = [*(random_branches(rng, 4, (3, 3)) for _ in range(3)), random_branches(rng, 40, (20, 20), row=77)]
+    model = load_model(base_of(small_model), Adapter(rank=4))
+    with pytest.raises(PreflightError, match=r"80 tokens, random row 77.*data\.max_tokens"):
+        preflight(model, DPO(), items, examples_per_step=4, tokens_per_microbatch=200)
+    assert all(p.grad is None for p in model.network.parameters())
 
 
 def test_dropout_and_jitter_of_the_base_are_off():

@@ -216,6 +216,16 @@ def test_trackers_by_name(recipe: Recipe):
         train(override(recipe, ["training.trackers=tensorbored"]), quiet=True)
 
 
+def test_a_tracker_gets_every_step_and_the_recipe(recipe: Recipe):
+    run = train(override(recipe, ["training.trackers=tensorboard", "training.max_steps=2"]), quiet=True)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.path / "lora_dpo"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("rewards/margin")] == [1, 2]
+    assert events.Scalars("eval/loss")[0].step == 2
+
+
 def test_evaluating_on_nothing_is_refused(recipe: Recipe):
     with pytest.raises(RecipeError, match="held-out rows"):
         train(override(recipe, ["data.eval_last=0", "training.eval_every=2"]), quiet=True)

@@ -4,8 +4,6 @@ fit?
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +30,7 @@ def preflight(
     objective: Objective,
     branches: Sequence[Branches],
     *,
+    examples_per_step: int,
     tokens_per_microbatch: int,
     fresh_adapter: bool = True,
     say: Callable[[str], None] = lambda line: None,
@@ -41,15 +40,23 @@ def preflight(
     Raises PreflightError, naming what is wrong and what to do. `say` is told each check in one line.
     """
     few = sorted(branches, key=lambda item: item.tokens)[: min(4, len(branches))]
+    longest = max(branches, key=lambda item: item.tokens)
     batch = collate(few, range(len(few))).to(model.device)
-    with without_dropout(model):
-        if fresh_adapter and objective.needs_reference:
-            say(_check_start(model, objective, batch))
-        say(_check_packing(model, few[0]))
-        say(_check_isolation(model, few))
-        say(_check_gradients(model, objective, batch))
-    say(_check_longest(model, objective, branches, tokens_per_microbatch))
-    model.network.zero_grad(set_to_none=True)
+    try:
+        with without_dropout(model):
+            if fresh_adapter and objective.needs_reference:
+                say(_check_start(model, objective, batch))
+            say(_check_packing(model, longest))
+            say(_check_isolation(model, few))
+            say(_check_gradients(model, objective, batch))
+        say(_check_longest(model, objective, branches, examples_per_step, tokens_per_microbatch))
+    except torch.OutOfMemoryError as error:
+        raise PreflightError(
+            f"the longest example ({longest.tokens} tokens, {longest.where}) does not fit in memory: lower"
+            " data.max_tokens, or set training.gradient_checkpointing=true"
+        ) from error
+    finally:
+        model.network.zero_grad(set_to_none=True)
 
 
 def _check_start(model: Model, objective: Objective, batch: MicroBatch) -> str:
@@ -86,7 +93,7 @@ def _alone(model: Model, item: Branches, side: int) -> Tensor:
     """Log-probs of a side's scored tokens [S], from the whole model's own logits."""
     ids = torch.from_numpy(item.side(side).astype(np.int64)).to(model.device)
     at = torch.from_numpy(np.flatnonzero(item.scored[side])).to(model.device)
-    logits = model.causal(input_ids=ids[None], use_cache=False).logits[0, at - 1]
+    logits = model.causal(input_ids=ids[None], use_cache=False, logits_to_keep=at - 1).logits[0]
     wide = torch.promote_types(logits.dtype, torch.float32)
     return torch.log_softmax(logits.to(wide), dim=-1).gather(1, ids[at, None])[:, 0]
 
@@ -175,23 +182,26 @@ def _perturbed(model: Model) -> Iterator[None]:
 
 
 def _check_longest(
-    model: Model, objective: Objective, branches: Sequence[Branches], tokens_per_microbatch: int
+    model: Model, objective: Objective, branches: Sequence[Branches], examples: int, budget: int
 ) -> str:
-    """A forward and backward pass of the longest example, and of the fullest micro-batch, before the
-    night.
+    """A forward and backward pass of the longest example; on a card also of the fullest micro-batch of a
+    step.
+
+    Raises PreflightError where the longest one does not fit; a fuller one may fail, training packs smaller.
     """
-    longest = max(branches, key=lambda item: item.tokens)
     by_size = sorted(branches, key=lambda item: -item.tokens)
-    fill = max(1, math.ceil(tokens_per_microbatch / max(1, by_size[-1].tokens)))
-    fullest = max(pack(list(itertools.islice(by_size, fill)), tokens_per_microbatch), key=lambda b: b.tokens)
-    batch = collate([longest], [0]) if longest.tokens >= fullest.tokens else fullest
+    longest = by_size[0]
+    fullest = max(pack(by_size[:examples], budget), key=lambda batch: batch.tokens)
+    _forward_and_backward(model, objective, collate([longest], [0]))
+    if model.device.type == "cpu" or len(fullest.examples) == 1:
+        return f"the longest example ({longest.tokens} tokens) fits"
+    model.network.zero_grad(set_to_none=True)
     try:
-        objective(batch_logprobs(model, objective, batch.to(model.device))).per_example.sum().backward()
-    except torch.OutOfMemoryError as error:
-        if batch is not fullest or len(batch.examples) == 1:
-            raise PreflightError(
-                f"the longest example ({longest.tokens} tokens, {longest.where}) does not fit in memory:"
-                " lower data.max_tokens, or set training.gradient_checkpointing=true"
-            ) from error
+        _forward_and_backward(model, objective, fullest)
+    except torch.OutOfMemoryError:
         return "a full micro-batch does not fit in memory; training will pack smaller ones"
-    return f"the longest example has {longest.tokens} tokens; a micro-batch of {batch.tokens} tokens fits"
+    return f"the longest example ({longest.tokens} tokens) fits, a micro-batch of {fullest.tokens} tokens too"
+
+
+def _forward_and_backward(model: Model, objective: Objective, batch: MicroBatch) -> None:
+    objective(batch_logprobs(model, objective, batch.to(model.device))).per_example.sum().backward()

@@ -116,6 +116,7 @@ class Trainer:
             self.model,
             self.objective,
             self.data.train,
+            examples_per_step=self.training.pairs_per_step,
             tokens_per_microbatch=self.state.tokens_per_microbatch,
             fresh_adapter=self.state.step == 0,
             say=lambda line: self.display.say(f"preflight: {line}"),

@@ -48,10 +48,10 @@ class BaseSettings:
     seed: int = 0
     vocabulary: int = 1024
     width: int = 192
-    layers: int = 4
+    layers: int = 3
     heads: int = 3
-    mlp: int = 512
-    demonstrations: int = 12_800
+    mlp: int = 640
+    demonstrations: int = 14_400
     per_step: int = 32
     learning_rate: float = 3e-3
     preferences: int = 768

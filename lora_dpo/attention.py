@@ -77,6 +77,10 @@ def _of_block(block: Block, query: Tensor, key: Tensor, value: Tensor) -> tuple[
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
+    if grouped and q.is_cuda:
+        # Before Ampere only the memory-efficient kernel is left, and it knows no groups.
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        grouped = False
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
@@ -105,7 +109,12 @@ def flash_available(dtype: torch.dtype, key_width: int, value_width: int) -> boo
     """Whether torch's variable-length flash attention takes these: half precision, equal widths, Ampere or
     newer.
     """
-    if dtype not in (torch.bfloat16, torch.float16) or key_width != value_width or key_width > 256:
+    if (
+        dtype not in (torch.bfloat16, torch.float16)
+        or key_width != value_width
+        or key_width > 256
+        or key_width % 8
+    ):
         return False
     return _varlen() is not None and torch.cuda.get_device_capability() >= (8, 0)
 

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -240,7 +240,10 @@ class StepSampler:
 
     def _at(self, place: int) -> int:
         epoch, offset = divmod(place, self.examples)
-        return int(self._order(epoch)[offset])
+        return int(_order(self.seed, epoch, self.examples)[offset])
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.examples)
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
+    """The order of an epoch, int64 [examples]."""
+    return np.random.default_rng((seed, epoch)).permutation(examples)

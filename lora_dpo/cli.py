@@ -66,7 +66,7 @@ def eval_command(
     display.say(f"written to {finished.directory.evaluation_file}")
     if samples:
         made = side_by_side(finished, count=samples, max_new_tokens=max_new_tokens, display=display)
-        _show_samples(display, made[:4])
+        _show_samples(display, made)
         display.say(f"{len(made)} answers side by side: {finished.directory.samples_file}")
 
 
@@ -91,7 +91,7 @@ def export_command(
     if to == "adapter":
         display.say(f"adapter: {export_adapter(RunDirectory.open(run), target)}")
         return
-    finished = open_finished(run, display=display)
+    finished = open_finished(run, need_data=False, display=display)
     display.say(f"merged model: {export_merged(finished, target, dtype=dtype)}")
     if verify:
         _verify(display, finished, target, dtype)
@@ -101,6 +101,9 @@ def _verify(display: Display, finished: FinishedRun, target: Path, dtype: str) -
     from lora_dpo.export import verify_merged
 
     gap = verify_merged(finished, target, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    if gap is None:
+        display.say("not compared with base + adapter: the run's held-out rows are missing, or it has none")
+        return
     display.say(
         f"reloaded and compared on {gap.tokens:,} held-out tokens: |Δ log-prob| against base + adapter is"
         f" {gap.mean:.4f} nats on average, {gap.largest:.3f} at most; the adapter itself moved them by"
@@ -109,11 +112,17 @@ def _verify(display: Display, finished: FinishedRun, target: Path, dtype: str) -
 
 
 def _show_samples(display: Display, samples: Sequence[Sample]) -> None:
-    for sample in samples:
+    for sample in samples[:4]:
         display.say(f"\nprompt  {_short(sample.prompt)}")
         display.say(f"base    {_short(sample.base)}")
         display.say(f"policy  {_short(sample.policy)}")
-    display.say("")
+    if samples:
+        base, policy = (sum(len(t.split()) for t in texts) / len(samples) for texts in _answers(samples))
+        display.say(f"\nwords an answer: base {base:.1f}, policy {policy:.1f}")
+
+
+def _answers(samples: Sequence[Sample]) -> tuple[list[str], list[str]]:
+    return [sample.base for sample in samples], [sample.policy for sample in samples]
 
 
 def _short(text: str, width: int = 200) -> str:

@@ -49,21 +49,36 @@ def evaluate(
     *,
     tokens_per_microbatch: int = 8192,
     progress: Callable[[int], None] | None = None,
+    intervals: bool = True,
 ) -> Evaluation:
     """The objective's loss and metrics, and each side's log-probs and lengths, on these examples.
 
-    `progress` is told how many examples each micro-batch had.
+    `progress` is told how many examples each micro-batch had. Without `intervals` only the means are made.
     """
-    logprobs = score(
+    logprobs = all_logprobs(
         model, objective, branches, tokens_per_microbatch=tokens_per_microbatch, progress=progress
     )
+    samples = BOOTSTRAP_SAMPLES if intervals else 0
+    rows = _rows(objective, logprobs)
+    return Evaluation(len(branches), {name: bootstrap(row, samples=samples) for name, row in rows.items()})
+
+
+def metric_names(objective: Objective) -> set[str]:
+    """The names that `evaluate` gives, and a recipe's best_metric may name."""
+    zeros = torch.zeros(1, len(objective.sides))
+    lengths = torch.ones(zeros.shape, dtype=torch.int64)
+    return set(_rows(objective, LogProbs(zeros, zeros if objective.needs_reference else None, lengths)))
+
+
+def _rows(objective: Objective, logprobs: LogProbs) -> dict[str, Tensor]:
+    """Every metric of every example, name → [B]."""
     loss = objective(logprobs)
     rows = {"loss": _example_losses(objective, loss.per_example, logprobs.lengths), **loss.metrics}
     if logprobs.policy.shape[1] == 2:
         rows["logps/accuracy"] = preferred(*logprobs.policy.unbind(1))
     for side, name in enumerate(objective.sides):
         rows[f"tokens/{name}"] = logprobs.lengths[:, side]
-    return Evaluation(len(branches), {name: bootstrap(values) for name, values in rows.items()})
+    return rows
 
 
 def _example_losses(objective: Objective, per_example: Tensor, lengths: Tensor) -> Tensor:
@@ -71,7 +86,7 @@ def _example_losses(objective: Objective, per_example: Tensor, lengths: Tensor) 
     return per_example * (len(per_example) / objective.count(lengths))
 
 
-def score(
+def all_logprobs(
     model: Model,
     objective: Objective,
     branches: Sequence[Branches],
@@ -108,10 +123,15 @@ def batch_logprobs(model: Model, objective: Objective, batch: MicroBatch) -> Log
     return LogProbs(policy, reference, batch.scored_lengths())
 
 
-def bootstrap(values: Tensor, *, seed: int = 0) -> Interval:
-    """The mean of values [B] and its 95% percentile interval over resampled examples (Efron 1979)."""
+def bootstrap(values: Tensor, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> Interval:
+    """The mean of values [B] and its 95% percentile interval over resampled examples (Efron 1979).
+
+    With no samples the interval is the mean alone.
+    """
     array = values.detach().to(torch.float64).numpy()
+    if not samples:
+        return Interval(float(array.mean()), float(array.mean()), float(array.mean()))
     rng = np.random.default_rng(seed)
-    means = [array[rng.integers(0, len(array), len(array))].mean() for _ in range(BOOTSTRAP_SAMPLES)]
+    means = [array[rng.integers(0, len(array), len(array))].mean() for _ in range(samples)]
     low, high = np.percentile(means, [2.5, 97.5])
     return Interval(float(array.mean()), float(low), float(high))

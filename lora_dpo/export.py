@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,14 +17,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.batching import pack
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.finished import FinishedRun
 from lora_dpo.logprobs import token_logprobs
-from lora_dpo.model import Model, as_reference, load_base, load_config
+from lora_dpo.model import Model, as_reference, load_base, load_config, without_dropout
 from lora_dpo.recipe import Base
-from lora_dpo.run_directory import RunDirectory, write_folder
+from lora_dpo.run_directory import RunDirectory, write_folder, write_text
 
 MergedDtype = Literal["bfloat16", "float16", "float32"]
 ADAPTER = "default"
@@ -117,8 +118,15 @@ def _merged_tensors(source: nn.Module, plain: nn.Module, dtype: torch.dtype) -> 
             if full not in saved:
                 continue
             tensor = merged_weight(own) if name == "weight" else getattr(_unwrapped(own), name)
+            if name == "weight" and tensor is not None and _is_transposed(module, own):
+                tensor = tensor.T.contiguous()
             if tensor is not None:
                 yield full, _rounded(tensor, dtype, full)
+
+
+def _is_transposed(plain: nn.Module, source: nn.Module) -> bool:
+    """GPT-2's Conv1D keeps its weight transposed; bitsandbytes puts an ordinary linear layer in its place."""
+    return isinstance(plain, Conv1D) and not isinstance(_unwrapped(source), Conv1D)
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -160,30 +168,39 @@ def dequantized(module: nn.Module) -> Tensor:
 
 def verify_merged(
     run: FinishedRun, folder: Path, *, dtype: MergedDtype, examples: int = 32
-) -> MergeDifference:
-    """Reload the merged model from disk and compare its token log-probs with base + adapter's."""
-    held_out = (run.data.eval or run.data.train)[:examples]
+) -> MergeDifference | None:
+    """Reload the merged model from disk and compare its token log-probs with base + adapter's.
+
+    On a card that has no room for it beside the base, it is reloaded on the CPU, for four examples. None if
+    the run has no held-out rows. Also written to export_report.json.
+    """
+    base = Base(str(folder), quantization="none", compute_dtype=dtype, device=run.recipe.base.device)
+    if _crowded(run.model, folder):
+        base, examples = replace(base, device="cpu"), 4
+    held_out = run.data.eval[:examples]
+    if not held_out:
+        return None
     trained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
     with as_reference(run.model):
-        base = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
-    network = load_base(
-        Base(str(folder), quantization="none", compute_dtype=dtype, device=run.recipe.base.device)
-    )
-    merged = _token_logprobs(
-        Model(network, run.model.tokenizer, network.dtype), held_out, run.tokens_per_microbatch
-    )
-    gap = (merged - trained).abs()
-    result = MergeDifference(
-        tokens=len(gap),
-        mean=gap.mean().item(),
-        largest=gap.max().item(),
-        update=(trained - base).abs().mean().item(),
-    )
-    (folder / "export_report.json").write_text(json.dumps(vars(result), indent=1), encoding="utf-8")
+        untrained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
+    network = load_base(base)
+    reloaded = Model(network, run.model.tokenizer, network.dtype)
+    gap = (_token_logprobs(reloaded, held_out, run.tokens_per_microbatch) - trained).abs()
+    update = (trained - untrained).abs().mean().item()
+    result = MergeDifference(len(gap), gap.mean().item(), gap.max().item(), update)
+    write_text(folder / "export_report.json", json.dumps(vars(result), indent=1))
     return result
 
 
+def _crowded(model: Model, folder: Path) -> bool:
+    """Whether the merged files, and a tenth for the forward pass, don't fit on the card beside the model."""
+    if model.device.type != "cuda":
+        return False
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return torch.cuda.mem_get_info(model.device)[0] < 1.1 * size
+
+
 def _token_logprobs(model: Model, branches: list, tokens_per_microbatch: int) -> Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), without_dropout(model):
         batches = pack(branches, tokens_per_microbatch)
         return torch.cat([token_logprobs(model, batch.to(model.device)).cpu() for batch in batches])

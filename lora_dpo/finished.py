@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.errors import RunError
+from lora_dpo.errors import DataError, RunError
 from lora_dpo.evaluation import Evaluation, evaluate
 from lora_dpo.model import Model, load_adapter, load_base, load_tokenizer
 from lora_dpo.preferences import Demonstration, Preference
 from lora_dpo.recipe import Recipe, load_recipe, override
 from lora_dpo.run_directory import RunDirectory, write_text
 from lora_dpo.sampling import greedy
-from lora_dpo.training import Display, TrainingData, prepare_data
+from lora_dpo.training import Display, HeldOut, chat_tokenizer, prepare_held_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,7 @@ class FinishedRun:
     directory: RunDirectory
     recipe: Recipe
     model: Model
-    data: TrainingData
+    data: HeldOut
 
     @property
     def tokens_per_microbatch(self) -> int:
@@ -47,31 +47,32 @@ def open_finished(
     path: str | Path,
     *,
     data: str | None = None,
+    need_data: bool = True,
     display: Display | None = None,
     overrides: Sequence[str] = (),
 ) -> FinishedRun:
-    """Load a run's base, adapter and data. data: a source to hold out instead of the recipe's own.
+    """Load a run's base, adapter and held-out rows.
 
-    Raises RunError where there is no run, or it has no adapter yet.
+    data: a source to hold out instead of the recipe's own. need_data: whether rows that can't be read (they
+    moved, or were given from Python) are an error. Raises RunError where there is no run, or no adapter yet.
     """
     display = display or Display(quiet=True)
     directory = RunDirectory.open(path)
     if not (directory.adapter_folder / "adapter_model.safetensors").is_file():
-        raise RunError(
-            f"{path} holds no trained adapter yet: its run has not finished (train --resume goes on)"
-        )
+        raise RunError(f"{path} holds no trained adapter yet: its run has not ended (train --resume goes on)")
     recipe = override(load_recipe(directory.recipe_file), overrides)
-    if data is not None:
-        # The given source is the held-out set; its rows can't leak from the training set that nobody reads.
-        section = dataclasses.replace(recipe.data, train=data, eval=(), eval_fraction=0.0, eval_last=0)
-        recipe = dataclasses.replace(recipe, data=section)
     tokenizer = load_tokenizer(recipe.base)
-    prepared = prepare_data(recipe.data, recipe.loss, tokenizer, seed=recipe.training.seed, display=display)
-    if data is not None:
-        prepared = dataclasses.replace(prepared, eval=prepared.train, eval_records=prepared.train_records)
+    try:
+        held_out = prepare_held_out(
+            recipe.data, recipe.loss, tokenizer, seed=recipe.training.seed, display=display, source=data
+        )
+    except DataError as error:
+        if need_data:
+            raise DataError(f"{error} (--data FILE evaluates on other rows)") from error
+        held_out = HeldOut([], [], chat_tokenizer(tokenizer, recipe.data))
     network = load_base(recipe.base)
     model = load_adapter(Model(network, tokenizer, network.dtype), str(directory.adapter_folder))
-    return FinishedRun(directory, recipe, model, prepared)
+    return FinishedRun(directory, recipe, model, held_out)
 
 
 def evaluate_run(run: FinishedRun, *, display: Display | None = None) -> Evaluation:
@@ -99,7 +100,10 @@ def side_by_side(
     """Greedy responses of base and policy to held-out prompts; also written to samples.jsonl."""
     display = display or Display(quiet=True)
     chat = run.data.tokenizer
-    records = _distinct_prompts(run.data.eval_records)[:count]
+    records = [r for r in _distinct_prompts(run.data.records) if r.prompt][:count]
+    if not records:
+        display.say("no held-out row has a prompt to answer")
+        return []
     prompts = [chat.prompt_ids(r.prompt, r.tools, r.template_kwargs).tolist() for r in records]
     texts: dict[str, list[str]] = {}
     with display.counting("generating", 2 * len(prompts)) as advance:

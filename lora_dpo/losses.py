@@ -86,7 +86,8 @@ class DPO:
     needs_reference: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.beta, (int, float)) and 0 < self.beta < float("inf")):
+        number = isinstance(self.beta, (int, float)) and not isinstance(self.beta, bool)
+        if not (number and 0 < self.beta < float("inf")):
             raise RecipeError(f"loss.beta got {self.beta!r}; it takes a number greater than 0")
 
     def count(self, lengths: Tensor) -> float:
@@ -137,8 +138,9 @@ def preference_metrics(rewards: Tensor, logprobs: LogProbs) -> dict[str, Tensor]
 
 
 def preferred(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """1 where chosen is greater, 0 where rejected is, ½ at a tie."""
-    return 0.5 * (torch.sign(chosen - rejected) + 1)
+    """1 where chosen is greater, 0 where rejected is, ½ at a tie; what is not a number stays so."""
+    difference = chosen - rejected
+    return torch.where(difference.isnan(), difference, 0.5 * (torch.sign(difference) + 1))
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"DPO": DPO, "SFT": SFT}

@@ -89,10 +89,6 @@ class RunDirectory:
         """The checkpoints that are there, oldest first."""
         return sorted(p for p in self.checkpoints_folder.glob("step-*") if p.is_dir())
 
-    def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint whose files are what its manifest says."""
-        return next((p for p in reversed(self.checkpoints()) if not damage(p)), None)
-
     def forget_checkpoints(self, keep: int, also: Path | None) -> None:
         """Delete all but the newest `keep` checkpoints, and `also`."""
         for old in self.checkpoints()[:-keep]:
@@ -172,8 +168,8 @@ def _sha256(file: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot sync a folder
+    if os.name == "nt":
+        return  # Windows syncs neither folders nor what is open for reading only
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

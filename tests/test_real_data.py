@@ -13,7 +13,7 @@ from builders import SHARED
 from lora_dpo.evaluation import evaluate
 from lora_dpo.finished import open_finished
 from lora_dpo.recipe import Base, Data, Recipe, Training
-from lora_dpo.training import train
+from lora_dpo.training import Display, prepare_data, train
 
 pytestmark = pytest.mark.skipif(not (SHARED / "models" / "chat-10m").is_dir(), reason="no ../shared")
 
@@ -22,7 +22,9 @@ pytestmark = pytest.mark.skipif(not (SHARED / "models" / "chat-10m").is_dir(), r
     ("name", "pairs"),
     [("politeness_900.json", 16), ("hh_harmless_1812.jsonl.gz", 8), ("ultrafeedback_200.json", 4)],
 )
-def test_a_few_steps_on_a_real_set_lower_the_held_out_loss(tmp_path: Path, name: str, pairs: int):
+def test_a_few_steps_on_a_real_set_lower_the_loss_and_tell_its_pairs_apart(
+    tmp_path: Path, name: str, pairs: int
+):
     """From loading to evaluation; the preflight inside checks packing against the model's own attention."""
     recipe = Recipe(
         base=Base(str(SHARED / "models" / "chat-10m")),
@@ -37,5 +39,8 @@ def test_a_few_steps_on_a_real_set_lower_the_held_out_loss(tmp_path: Path, name:
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert sum(record["loss"] for record in steps[-3:]) / 3 < 0.67
     finished = open_finished(run.path)
-    result = evaluate(finished.model, recipe.loss, finished.data.train[:16]).means()
-    assert result["rewards/accuracy"] > 0.7
+    assert finished.data.eval
+    met = prepare_data(
+        recipe.data, recipe.loss, finished.model.tokenizer, seed=0, display=Display(quiet=True)
+    ).train[:16]
+    assert evaluate(finished.model, recipe.loss, met).means()["rewards/accuracy"] > 0.7

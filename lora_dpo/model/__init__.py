@@ -3,7 +3,6 @@
 from lora_dpo.model.base import load_base, load_config, load_tokenizer, pick_compute_dtype, pick_device
 from lora_dpo.model.roles import (
     Model,
-    adapter_state,
     add_adapter,
     as_policy,
     as_reference,
@@ -15,7 +14,6 @@ from lora_dpo.model.roles import (
 
 __all__ = [
     "Model",
-    "adapter_state",
     "add_adapter",
     "as_policy",
     "as_reference",

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
@@ -112,7 +112,20 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
             network = get_peft_model(model.causal, config)
     except ValueError as error:
         raise ModelError(f"adapter.targets {adapter.targets}: {error}") from error
-    return with_adapter(network, model)
+    adapted = with_adapter(network, model)
+    _refuse_unmergeable(adapted)
+    return adapted
+
+
+def _refuse_unmergeable(model: Model) -> None:
+    """Adapters on embeddings, or on a head tied to them, would be lost in a merged export: refuse them
+    here.
+    """
+    for layer in model.adapter_layers:
+        if isinstance(layer.get_base_layer(), nn.Embedding):
+            raise ModelError("adapter.targets names an embedding; it takes linear layers")
+    if model.head in model.adapter_layers and model.causal.config.get_text_config().tie_word_embeddings:
+        raise ModelError("adapter.targets names the head, which is tied to the embeddings in this model")
 
 
 def load_adapter(model: Model, folder: str) -> Model:
@@ -126,7 +139,7 @@ def load_adapter(model: Model, folder: str) -> Model:
 def with_adapter(network: PeftModel, model: Model) -> Model:
     adapted = Model(network, model.tokenizer, model.compute_dtype)  # pyright: ignore[reportArgumentType]
     network.train()
-    assert adapted.trainable is not None  # fixed here: what requires a gradient now is what may ever get one
+    _ = adapted.trainable  # fixed here: what requires a gradient now is what may ever get one
     for layer in adapted.adapter_layers:
         # Autocast makes the products' inputs; peft would keep a float32 copy of each for the backward pass.
         layer.cast_input_dtype_enabled = model.compute_dtype not in (torch.bfloat16, torch.float16)
@@ -185,8 +198,3 @@ def generating(model: Model) -> Iterator[None]:
         model.causal.set_attn_implementation(BRANCH_ATTENTION)
         for layer in model.checkpointed_layers:
             layer.training = True
-
-
-def adapter_state(model: Model) -> dict[str, Tensor]:
-    """The trainable tensors by name, detached."""
-    return {name: p.detach() for name, p in model.trainable.items()}

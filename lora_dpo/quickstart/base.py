@@ -92,7 +92,9 @@ def quickstart_base(folder: Path, settings: BaseSettings, display: Display) -> P
         tokenizer = train_tokenizer([m["content"] for row in rows for m in row["messages"]], settings)
         network = new_network(tokenizer, settings)
         device = pick_device(Base("quickstart"))
-        dtype = pick_compute_dtype(Base("quickstart"), device)
+        # All parameters learn here, without loss scaling: float16 would lose small gradients.
+        native = pick_compute_dtype(Base("quickstart"), device) == torch.bfloat16
+        dtype = torch.bfloat16 if native else torch.float32
         model = Model(network.to(device), tokenizer, dtype)  # pyright: ignore[reportArgumentType]
         train_base(model, tokenize(loaded.train, ChatTokenizer(tokenizer)).branches, settings, display)
 

@@ -102,6 +102,7 @@ def _export(display: Display, finished: FinishedRun) -> None:
     merged = export_merged(finished, path / "export-merged")
     gap = verify_merged(finished, merged, dtype="bfloat16")
     display.say(f"   merged model  {merged}")
+    assert gap is not None  # the quickstart holds rows out
     display.say(
         f"   reloaded: log-probs differ from base + adapter by {gap.mean:.4f} nats a token on average"
         f" (the adapter moved them by {gap.update:.4f})"

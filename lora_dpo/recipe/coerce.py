@@ -198,7 +198,8 @@ def unknown_key(key: str, known: Iterable[str]) -> RecipeError:
     close = [k for k in known if k.rpartition(".")[2] == last]
     close = close or [k for name, k in ELSEWHERE.items() if name == last]
     close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"known keys are {', '.join(known)}"
+    hint = f"known keys are {', '.join(known)}" if known else "there are none here"
+    hint = f"did you mean {close[0]}?" if close else hint
     return RecipeError(f"unknown key {key}: {hint}")
 
 

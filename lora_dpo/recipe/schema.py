@@ -74,6 +74,13 @@ class Adapter(Section):
     dropout: Annotated[float, AtLeast(0, high=0.95)] = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.targets:
+            raise RecipeError(
+                "adapter.targets got an empty list; it takes all-linear or names such as q_proj"
+            )
+
 
 @dataclass(frozen=True)
 class Source(Section):
@@ -137,7 +144,8 @@ class Training(Section):
     changes memory and speed, never the gradient. epochs: passes over the pairs; max_steps ends sooner.
     warmup: share of the steps over which the learning rate rises. max_grad_norm: 0 does not clip.
     gradient_checkpointing: recompute each layer in the backward pass, for memory.
-    eval_every, save_every: steps between evaluations and checkpoints; 0 is at the end only.
+    eval_every, save_every: steps between evaluations and checkpoints; 0 is at the end only. What a crash
+    costs is the steps since the last checkpoint.
     keep_checkpoints: how many of the newest stay on disk, besides the best one.
     best_metric: which evaluation metric chooses the adapter that is kept, such as "rewards/accuracy" (a loss
     is better when lower). early_stopping: stop after this many evaluations without a better one; 0 never.
@@ -161,7 +169,7 @@ class Training(Section):
     gradient_checkpointing: bool = True
     seed: CountOrZero = 0
     eval_every: CountOrZero = 0
-    save_every: CountOrZero = 0
+    save_every: CountOrZero = 100
     keep_checkpoints: Count = 2
     best_metric: str | None = None
     early_stopping: CountOrZero = 0

@@ -1,6 +1,6 @@
 """The loop, on accelerate, and the checks before it."""
 
-from lora_dpo.training.data import TrainingData, chat_tokenizer, prepare_data
+from lora_dpo.training.data import HeldOut, TrainingData, chat_tokenizer, prepare_data, prepare_held_out
 from lora_dpo.training.observers import Observer, Record
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display
@@ -10,6 +10,7 @@ from lora_dpo.training.trainer import Stopped, Trainer
 
 __all__ = [
     "Display",
+    "HeldOut",
     "Observer",
     "Record",
     "Stopped",
@@ -18,6 +19,7 @@ __all__ = [
     "chat_tokenizer",
     "preflight",
     "prepare_data",
+    "prepare_held_out",
     "step_gradient",
     "train",
 ]

@@ -31,6 +31,7 @@ class TrainingState:
     evaluations_since_best: int = 0
     loss_scale: float = 0.0
     loss_scale_growth: int = 0
+    skipped_in_a_row: int = 0
     data: str = ""
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -19,15 +18,24 @@ from lora_dpo.recipe import Data
 from lora_dpo.tokenization import Branches, ChatTokenizer, tokenize
 from lora_dpo.training.progress import Display
 
+Records = list[Preference] | list[Demonstration]
+
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Tokenized examples, and the records that they were made from."""
+    """Tokenized examples to train on, and those held out."""
 
     train: list[Branches]
     eval: list[Branches]
-    train_records: list[Preference] | list[Demonstration]
-    eval_records: list[Preference] | list[Demonstration]
+    tokenizer: ChatTokenizer
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out records, and the examples that they became (fewer, where some had to be dropped)."""
+
+    records: Records
+    eval: list[Branches]
     tokenizer: ChatTokenizer
 
 
@@ -43,22 +51,50 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase, data: Data) -> ChatTokeni
 def prepare_data(
     data: Data, objective: Objective, tokenizer: PreTrainedTokenizerBase, *, seed: int, display: Display
 ) -> TrainingData:
-    """Load, split and tokenize. An objective with one side takes demonstrations; with two, pairs."""
+    """Load, split and tokenize. Raises DataError naming file and row."""
     chat = chat_tokenizer(tokenizer, data)
-    load = load_demonstrations if len(objective.sides) == 1 else load_preferences
-    loaded = load(data, seed=seed)
-    for line in describe_skipped(loaded):
-        display.say(line)
-    train = _tokenize(loaded.train, chat, "tokenizing", display)
-    held_out = _tokenize(loaded.eval, chat, "tokenizing held-out rows", display) if loaded.eval else []
+    train_records, held_out_records = _load(data, objective, seed, display)
+    train = _tokenize(train_records, chat, "tokenizing", display)
+    held_out = _tokenize(held_out_records, chat, "tokenizing held-out rows", display)
     tokens = sum(item.tokens for item in train)
     display.say(f"data: {len(train):,} training and {len(held_out):,} held-out examples, {tokens:,} tokens")
-    return TrainingData(train, held_out, loaded.train, loaded.eval, chat)
+    return TrainingData(train, held_out, chat)
 
 
-def _tokenize(
-    records: Sequence[Preference] | Sequence[Demonstration], chat: ChatTokenizer, what: str, display: Display
-) -> list[Branches]:
+def prepare_held_out(
+    data: Data,
+    objective: Objective,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    display: Display,
+    source: str | None = None,
+) -> HeldOut:
+    """The rows that training held out, or all of another source; nothing else is tokenized."""
+    chat = chat_tokenizer(tokenizer, data)
+    if source is None:
+        records = _load(data, objective, seed, display)[1]
+    else:
+        alone = replace(
+            data, train=source, eval=(), eval_fraction=0.0, eval_last=0, max_rows=data.max_eval_rows
+        )
+        records = _load(alone, objective, seed, display)[0]
+    return HeldOut(records, _tokenize(records, chat, "tokenizing held-out rows", display), chat)
+
+
+def _load(data: Data, objective: Objective, seed: int, display: Display) -> tuple[Records, Records]:
+    """(training records, held-out records). An objective with one side takes demonstrations; with two,
+    pairs.
+    """
+    loaded = (load_demonstrations if len(objective.sides) == 1 else load_preferences)(data, seed=seed)
+    for line in describe_skipped(loaded):
+        display.say(line)
+    return loaded.train, loaded.eval
+
+
+def _tokenize(records: Records, chat: ChatTokenizer, what: str, display: Display) -> list[Branches]:
+    if not records:
+        return []
     with display.counting(what, len(records)) as advance:
         done = tokenize(records, chat, progress=advance)
     if done.dropped:

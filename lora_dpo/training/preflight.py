@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from lora_dpo.batching import MicroBatch, collate, pack
 from lora_dpo.errors import PreflightError
@@ -44,6 +45,7 @@ def preflight(
     batch = collate(few, range(len(few))).to(model.device)
     try:
         with without_dropout(model):
+            _check_runs(model, batch)
             if fresh_adapter and objective.needs_reference:
                 say(_check_start(model, objective, batch))
             say(_check_packing(model, longest))
@@ -57,6 +59,15 @@ def preflight(
         ) from error
     finally:
         model.network.zero_grad(set_to_none=True)
+
+
+def _check_runs(model: Model, batch: MicroBatch) -> None:
+    """The architecture takes packed tokens with a branch layout at all."""
+    try:
+        reference_logprobs(model, batch)
+    except (ValueError, TypeError, AttributeError) as error:
+        kind = model.causal.config.model_type
+        raise PreflightError(f"{kind} models can't be packed yet: {error}") from error
 
 
 def _check_start(model: Model, objective: Objective, batch: MicroBatch) -> str:
@@ -95,7 +106,8 @@ def _alone(model: Model, item: Branches, side: int) -> Tensor:
     at = torch.from_numpy(np.flatnonzero(item.scored[side])).to(model.device)
     logits = model.causal(input_ids=ids[None], use_cache=False, logits_to_keep=at - 1).logits[0]
     wide = torch.promote_types(logits.dtype, torch.float32)
-    return torch.log_softmax(logits.to(wide), dim=-1).gather(1, ids[at, None])[:, 0]
+    parts = zip(logits.split(64), ids[at].split(64), strict=True)
+    return torch.cat([-cross_entropy(part.to(wide), target, reduction="none") for part, target in parts])
 
 
 def _check_isolation(model: Model, items: Sequence[Branches]) -> str:
@@ -192,13 +204,15 @@ def _check_longest(
     by_size = sorted(branches, key=lambda item: -item.tokens)
     longest = by_size[0]
     fullest = max(pack(by_size[:examples], budget), key=lambda batch: batch.tokens)
+    # What the optimizer will hold: two moments for each parameter.
+    moments = [torch.empty_like(p) for p in model.trainable.values() for _ in range(2)]
     _forward_and_backward(model, objective, collate([longest], [0]))
     if model.device.type == "cpu" or len(fullest.examples) == 1:
         return f"the longest example ({longest.tokens} tokens) fits"
-    model.network.zero_grad(set_to_none=True)
     try:
         _forward_and_backward(model, objective, fullest)
     except torch.OutOfMemoryError:
+        del moments
         return "a full micro-batch does not fit in memory; training will pack smaller ones"
     return f"the longest example ({longest.tokens} tokens) fits, a micro-batch of {fullest.tokens} tokens too"
 

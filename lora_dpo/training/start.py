@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from accelerate import Accelerator
 
-from lora_dpo.errors import RunError
+from lora_dpo.errors import RecipeError, RunError
+from lora_dpo.evaluation import metric_names
 from lora_dpo.model import Model, load_model, load_tokenizer
 from lora_dpo.recipe import Recipe, load_recipe, to_dict, to_yaml
 from lora_dpo.run_directory import RunDirectory, write_text
@@ -25,22 +26,29 @@ def train(
     observers are called with every `Record`. resume goes on with the run in the recipe's run directory.
     Raises UserError for what the user can mend, and Stopped after SIGINT or SIGTERM.
     """
-    check_trackers(recipe.training.trackers)
+    check_training(recipe)
     run = RunDirectory.create(recipe.run_directory, resume=resume)
     if resume:
         check_same_recipe(recipe, run)
     accelerator = Accelerator(
+        mixed_precision="no",
+        gradient_accumulation_steps=1,
         cpu=recipe.base.device == "cpu",
         log_with=list(recipe.training.trackers) or None,
         project_dir=str(run.path),
     )
+    check_processes(recipe, accelerator)
     display = Display(quiet=quiet or not accelerator.is_main_process)
     # Everything about the data is known before the minutes that loading a large base takes.
     data = prepare_data(
         recipe.data, recipe.loss, load_tokenizer(recipe.base), seed=recipe.training.seed, display=display
     )
+    if (recipe.training.eval_every or recipe.training.best_metric) and not data.eval:
+        raise RecipeError("training.eval_every needs held-out rows: data.eval, eval_fraction or eval_last")
     started = time.monotonic()
     model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed)
+    if accelerator.num_processes > 1:
+        display.say(f"each step's pairs are spread over {accelerator.num_processes} processes")
     display.say(
         f"base: {recipe.base.model}, {describe_model(model, recipe)}, {time.monotonic() - started:.1f}s"
     )
@@ -55,10 +63,42 @@ def train(
     return run
 
 
+def check_training(recipe: Recipe) -> None:
+    """What the types can't say: trackers that are there, and a metric that will be."""
+    training = recipe.training
+    check_trackers(training.trackers)
+    names = metric_names(recipe.loss)
+    if training.best_metric is not None and training.best_metric not in names:
+        takes = f"it takes one of {', '.join(sorted(names))}"
+        raise RecipeError(f"training.best_metric got {training.best_metric!r}; {takes}")
+
+
+def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Adapters are small: processes each hold the base and add up gradients, nothing is sharded."""
+    if accelerator.num_processes > recipe.training.pairs_per_step:
+        raise RecipeError(
+            f"training.pairs_per_step got {recipe.training.pairs_per_step}; it takes at least one pair for"
+            f" each of the {accelerator.num_processes} processes"
+        )
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
+        raise RunError(f"accelerate is configured for {kind}; configure plain multi-GPU, or none")
+
+
+MAY_CHANGE = {
+    "run_directory",
+    "training.tokens_per_microbatch",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "training.trackers",
+}
+"""Keys that a resumed run may change: they don't touch what is learned."""
+
+
 def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     """Raise RunError, naming the keys, where the recipe isn't the one that the run began with."""
     now, then = flat(to_dict(recipe)), flat(to_dict(load_recipe(run.recipe_file)))
-    differ = [k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k != "run_directory"]
+    differ = [k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in MAY_CHANGE]
     if differ:
         changes = ", ".join(f"{k}: {then.get(k)} → {now.get(k)}" for k in sorted(differ))
         raise RunError(f"--resume: the recipe is not the one that {run.path} began with ({changes})")

@@ -9,13 +9,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from lora_dpo.batching import StepSampler
-from lora_dpo.errors import RecipeError, RunError
+from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
 from lora_dpo.model import Model
 from lora_dpo.recipe import Recipe, to_dict
@@ -34,6 +36,9 @@ from lora_dpo.training.optimizer import learning_rate, make_optimizer, set_learn
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display, duration
 from lora_dpo.training.step import StepSums, step_gradient, step_seed
+
+SKIPS = 20
+"""So many updates in a row may overflow under loss scaling; then the run is broken, not the scale."""
 
 
 class Stopped(Exception):
@@ -60,15 +65,6 @@ class Trainer:
         self.recipe, self.training, self.objective = recipe, recipe.training, recipe.loss
         self.run_directory, self.model, self.data = run, model, data
         self.accelerator, self.display = accelerator, display
-        if accelerator.num_processes > self.training.pairs_per_step:
-            raise RecipeError(
-                f"training.pairs_per_step got {self.training.pairs_per_step}; it takes at least one pair for"
-                f" each of the {accelerator.num_processes} processes"
-            )
-        if (self.training.eval_every or self.training.best_metric) and not data.eval:
-            raise RecipeError(
-                "training.eval_every needs held-out rows: set data.eval, eval_fraction or eval_last"
-            )
         self.optimizer = make_optimizer(self.training, model.trainable)
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             model.device.type, enabled=model.compute_dtype == torch.float16
@@ -90,6 +86,8 @@ class Trainer:
         if self.training.trackers:
             self.observers.insert(1, trackers(accelerator, "lora_dpo", to_dict(recipe)))
         self._signal: int | None = None
+        self._stop: int | None = None
+        self._saved: int | None = None
         self._started = (0, 0.0)
 
     def resume(self) -> None:
@@ -102,6 +100,8 @@ class Trainer:
             state = restore_checkpoint(folder, self.model, self.optimizer)
             if state.data != self.state.data:
                 raise RunError("--resume: the training data are not those that the run began with")
+            # A smaller budget in the recipe counts, and so does one that was halved for want of memory.
+            state.tokens_per_microbatch = min(state.tokens_per_microbatch, self.state.tokens_per_microbatch)
             self.state = state
             if self.scaler.is_enabled() and state.loss_scale:
                 scale = {"scale": state.loss_scale, "_growth_tracker": state.loss_scale_growth}
@@ -125,17 +125,22 @@ class Trainer:
     def run(self) -> None:
         """Train to the last step, or until early stopping; then write the adapter."""
         self._started = (self.state.step, time.monotonic())
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
         with self._signals(), self.display.training(self.state.step, self.steps):
             while self.state.step < self.steps and not self._stop_early():
                 metrics = self.step()
                 self._tell("step", metrics)
                 self._evaluate_and_save()
-                if self._signal is not None:
-                    raise Stopped(self._signal, self._save())
+                stop = self._signal if self.accelerator.num_processes == 1 else self._stop
+                if stop is not None:
+                    raise Stopped(stop, self._save())
         self._finish()
 
     def step(self) -> dict[str, float]:
-        """One optimizer step; returns its metrics."""
+        """One optimizer step; returns its metrics. Raises RunError where the loss or gradient isn't a
+        number.
+        """
         began = time.monotonic()
         examples = self.sampler.step(self.state.step)
         mine = examples[self.accelerator.process_index :: self.accelerator.num_processes]
@@ -148,44 +153,63 @@ class Trainer:
             count=self.objective.count(lengths),
             tokens_per_microbatch=self.state.tokens_per_microbatch,
             seed=step_seed(self.training.seed, self.state.step, self.accelerator.process_index),
-            backward=lambda loss: self.accelerator.backward(self.scaler.scale(loss)),
+            # Not Accelerator.backward: it divides by the accumulation steps of the user's accelerate config.
+            backward=lambda loss: self.scaler.scale(loss).backward(),
         )
         self.state.tokens_per_microbatch = sums.tokens_per_microbatch
-        rate = learning_rate(self.training, self.state.step, self.steps)
-        set_learning_rate(self.optimizer, rate)
-        norm = self._update()
-        self.state.step += 1
         metrics = self._means(sums, len(examples))
-        return (
-            metrics
-            | {"grad_norm": norm, "learning_rate": rate}
-            | self._speed(metrics["tokens"], examples, began)
-        )
+        if not math.isfinite(metrics["loss"]):
+            raise self._not_a_number("loss", metrics["loss"])
+        metrics["learning_rate"] = learning_rate(self.training, self.state.step, self.steps)
+        set_learning_rate(self.optimizer, metrics["learning_rate"])
+        metrics["grad_norm"] = self._update()
+        self.state.step += 1
+        return metrics | self._speed(metrics["tokens"], examples, began)
 
     def _update(self) -> float:
-        """Add up the processes' gradients, clip, step the optimizer; returns the norm before clipping."""
+        """Add up the processes' gradients, clip, step the optimizer; returns the norm before clipping.
+
+        With loss scaling, an overflow skips the update and lowers the scale; the norm of that step is 0.
+        """
         parameters = list(self.model.trainable.values())
         if self.accelerator.num_processes > 1:
-            for parameter in parameters:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")  # pyright: ignore
+            self._add_up([p.grad for p in parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm or math.inf).item()
-        if not math.isfinite(norm) and not self.scaler.is_enabled():
-            raise RunError(
-                f"step {self.state.step + 1}: the gradient's norm is {norm}; nothing was updated. Try a lower"
-                " training.learning_rate, or base.compute_dtype=float32"
-            )
+        if math.isfinite(norm):
+            self.state.skipped_in_a_row = 0
+        elif self.scaler.is_enabled() and self.state.skipped_in_a_row < SKIPS:
+            self.state.skipped_in_a_row += 1
+            norm = 0.0
+        else:
+            raise self._not_a_number("gradient's norm", norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
+    def _add_up(self, gradients: list[torch.Tensor]) -> None:
+        """Sum the gradients over processes, in place, by one all-reduce."""
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        flat = cast(torch.Tensor, self.accelerator.reduce(flat, "sum"))
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(total.view_as(gradient))
+
+    def _not_a_number(self, what: str, value: float) -> RunError:
+        return RunError(
+            f"step {self.state.step + 1}: the {what} is {value}; nothing was updated. Try a lower"
+            " training.learning_rate, or base.compute_dtype=float32"
+        )
+
     def _means(self, sums: StepSums, examples: int) -> dict[str, float]:
         """The step's metrics over all processes, read back from the device in one piece."""
         names = sorted(sums.metrics)
         values = torch.stack([sums.loss.double(), *(sums.metrics[n].double() for n in names)])
-        values = torch.cat([values, torch.tensor([sums.tokens], dtype=torch.float64, device=values.device)])
-        loss, *totals, tokens = self.accelerator.reduce(values, "sum").tolist()  # pyright: ignore
+        own = torch.tensor([sums.tokens, self._signal or 0], dtype=torch.float64, device=values.device)
+        total = cast(torch.Tensor, self.accelerator.reduce(torch.cat([values, own]), "sum"))
+        loss, *totals, tokens, stop = total.tolist()
+        # All processes stop at the same step, whichever of them heard of the signal.
+        self._stop = self._signal or (signal.SIGTERM if stop else None)
         means = {name: total / examples for name, total in zip(names, totals, strict=True)}
         return {"loss": loss, **means, "tokens": tokens}
 
@@ -219,17 +243,18 @@ class Trainer:
             self.objective,
             self.data.eval,
             tokens_per_microbatch=self.state.tokens_per_microbatch,
+            intervals=False,
         ).means()
         self._tell("evaluation", {f"eval/{name}": value for name, value in result.items()})
         metric = self.training.best_metric
         if metric is None:
             return False
-        if metric not in result:
-            raise RecipeError(
-                f"training.best_metric got {metric!r}; it takes one of {', '.join(sorted(result))}"
-            )
-        value, best = result[metric], self.state.best
-        better = best is None or (value < best if metric == "loss" else value > best)
+        # The main process decides: another's rounding must not make it save alone.
+        value = broadcast_object_list([result[metric]])[0]
+        best = self.state.best
+        better = math.isfinite(value) and (
+            best is None or (value < best if metric == "loss" else value > best)
+        )
         if better:
             self.state.best, self.state.best_step = value, self.state.step
         self.state.evaluations_since_best = 0 if better else self.state.evaluations_since_best + 1
@@ -247,6 +272,9 @@ class Trainer:
 
     def _save(self) -> Path:
         folder = self.run_directory.checkpoint_folder(self.state.step)
+        if self._saved == self.state.step:
+            return folder
+        self._saved = self.state.step
         if self.scaler.is_enabled():
             scale = self.scaler.state_dict()
             self.state.loss_scale, self.state.loss_scale_growth = scale["scale"], scale["_growth_tracker"]

@@ -20,6 +20,7 @@ app = typer.Typer(
     name="lora-dpo",
     help="Align a language model with preferences: DPO with LoRA adapters on one 4-bit base.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -32,6 +33,17 @@ def main() -> None:
     """The `lora-dpo` command."""
     with friendly_errors():
         app()
+
+
+@app.callback()
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from lora_dpo import __version__
+
+        print(__version__)
+        raise typer.Exit
 
 
 @app.command("train", context_settings=TAKES_KEYS)
@@ -81,13 +93,14 @@ def export_command(
     verify: Annotated[bool, typer.Option(help="Reload a merged model and compare log-probs.")] = True,
 ) -> None:
     """Export a run's adapter, or base and adapter merged into one plain transformers model."""
-    from lora_dpo.export import export_adapter, export_merged
+    from lora_dpo.export import export_adapter, export_merged, refuse_existing
     from lora_dpo.finished import open_finished
     from lora_dpo.run_directory import RunDirectory
     from lora_dpo.training import Display
 
-    display = Display()
-    target = output or run / f"export-{to}"
+    display, run = Display(), run.expanduser()
+    target = output.expanduser() if output else run / f"export-{to}"
+    refuse_existing(target)
     if to == "adapter":
         display.say(f"adapter: {export_adapter(RunDirectory.open(run), target)}")
         return

@@ -38,7 +38,7 @@ def export_adapter(run: RunDirectory, to: Path) -> Path:
     """
     if not (run.adapter_folder / "adapter_model.safetensors").is_file():
         raise RunError(f"{run.path} holds no trained adapter yet")
-    _refuse_existing(to)
+    refuse_existing(to)
     write_folder(to, lambda part: _copy_files(run.adapter_folder, part))
     return to
 
@@ -49,8 +49,9 @@ def _copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(file, target / file.name)
 
 
-def _refuse_existing(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
+def refuse_existing(folder: Path) -> None:
+    """Raise RunError if something is there already: an export overwrites nothing."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise RunError(f"{folder} is there already and is not empty: choose another with --output")
 
 
@@ -77,7 +78,7 @@ def export_merged(run: FinishedRun, to: Path, *, dtype: MergedDtype = "bfloat16"
     folder
     is there already, ModelError if a weight doesn't fit the dtype.
     """
-    _refuse_existing(to)
+    refuse_existing(to)
     merged = merged_network(run.model, run.recipe.base, getattr(torch, dtype))
 
     def fill(part: Path) -> None:

@@ -104,7 +104,9 @@ def side_by_side(
     if not records:
         display.say("no held-out row has a prompt to answer")
         return []
-    prompts = [chat.prompt_ids(r.prompt, r.tools, r.template_kwargs).tolist() for r in records]
+    limit = run.recipe.data.max_prompt_tokens or run.recipe.data.max_tokens
+    # Cut to the end, as long as training's prompts were at most.
+    prompts = [chat.prompt_ids(r.prompt, r.tools, r.template_kwargs).tolist()[-limit:] for r in records]
     texts: dict[str, list[str]] = {}
     with display.counting("generating", 2 * len(prompts)) as advance:
         for role in ("base", "policy"):

@@ -15,9 +15,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 from lora_dpo.errors import RunError
 
@@ -36,7 +40,11 @@ class RunDirectory:
         way.
         """
         run = cls(Path(path).expanduser())
-        begun = run.recipe_file.exists()
+        try:
+            run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
+            begun = run.recipe_file.exists()
+        except (OSError, ValueError) as error:
+            raise RunError(f"run_directory: cannot make {run.path}: {error}") from error
         if begun and not resume:
             raise RunError(
                 f"{run.path} already holds a run. Give --resume to go on with it, or name another folder with"
@@ -44,11 +52,30 @@ class RunDirectory:
             )
         if resume and not begun:
             raise RunError(f"--resume: there is no run in {run.path}")
-        try:
-            run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"cannot make the run directory {run.path}: {error.strerror}") from error
         return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else writes here for the while. Raises RunError if somebody does; a dead one is not in the
+        way.
+        """
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(
+                f"another process is training in {self.path}: name another run_directory"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def sweep(self) -> None:
+        """Remove what a killed process left half-written."""
+        for folder in (self.path, self.checkpoints_folder):
+            for left in [*folder.glob(".*.part"), *folder.glob(".*.old")]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -112,7 +139,14 @@ class RunDirectory:
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file whole: a reader sees the old content or the new, never a part."""
+    """Write a file whole: a reader sees the old content or the new, never a part. Raises RunError."""
+    try:
+        _write_text(file, text)
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from error
+
+
+def _write_text(file: Path, text: str) -> None:
     part = file.with_name(f".{file.name}.part")
     with part.open("w", encoding="utf-8") as out:
         out.write(text)
@@ -122,7 +156,14 @@ def write_text(file: Path, text: str) -> None:
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool = False) -> None:
-    """Fill a folder beside its place, sync it, then put it in its place by one rename."""
+    """Fill a folder beside its place, sync it, then put it in its place by one rename. Raises RunError."""
+    try:
+        _write_folder(folder, fill, manifest)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {folder}: {error}") from error
+
+
+def _write_folder(folder: Path, fill: Callable[[Path], None], manifest: bool) -> None:
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

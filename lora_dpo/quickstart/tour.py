@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from lora_dpo.evaluation import Evaluation
 from lora_dpo.export import export_adapter, export_merged, verify_merged
 from lora_dpo.finished import FinishedRun, Sample, evaluate_run, open_finished, side_by_side
@@ -44,6 +46,8 @@ def tour(
     The recipe's base and data are those of `cache_folder(settings)`.
     """
     display = display or Display()
+    # The model is so small that threads would mostly wait for each other, above all on a busy machine.
+    torch.set_num_threads(1)
     started = time.monotonic()
     settings = settings or BaseSettings()
     folder = cache_folder(settings)

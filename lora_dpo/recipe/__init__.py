@@ -1,6 +1,6 @@
 """Typed configuration: one schema and one parser for scripts, YAML and the command line."""
 
-from lora_dpo.recipe.files import from_dict, keys_of, load_recipe, override, to_dict, to_yaml
+from lora_dpo.recipe.files import from_dict, keys_of, load_recipe, override, pinned, to_dict, to_yaml
 from lora_dpo.recipe.schema import Adapter, Base, Data, Recipe, Source, Training
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "keys_of",
     "load_recipe",
     "override",
+    "pinned",
     "to_dict",
     "to_yaml",
 ]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
+import reprlib
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -85,6 +87,9 @@ def _coerce_union(hint: Any, value: Any, key: str) -> Any:
         if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
             return coerce(option, value, key)
     real = [option for option in options if option is not types.NoneType]
+    if isinstance(value, (list, tuple)):
+        # A list's own error names the item; that it isn't text either would say nothing.
+        real = [option for option in real if get_origin(option) is tuple] or real
     inner = refusal(key, value, describe(hint))
     for option in real:
         try:
@@ -127,6 +132,8 @@ def build(cls: type, values: Mapping[str, Any], key: str) -> Any:
 
 
 def _coerce_plain(hint: Any, value: Any, key: str) -> Any:
+    if hint is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     if hint is str and isinstance(value, str) and value:
         return value
     if hint is bool:
@@ -183,7 +190,7 @@ def describe(hint: Any) -> str:
 
 
 def refusal(key: str, value: Any, takes: str) -> RecipeError:
-    return RecipeError(f"{key} got {value!r}; it takes {takes}")
+    return RecipeError(f"{key} got {reprlib.repr(value)}; it takes {takes}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -193,7 +200,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def unknown_key(key: str, known: Iterable[str]) -> RecipeError:
     """The error for a key that does not exist, with the one that was most likely meant."""
-    known = list(known)
+    key, known = str(key), list(known)
     last = key.rpartition(".")[2]
     close = [k for k in known if k.rpartition(".")[2] == last]
     close = close or [k for name, k in ELSEWHERE.items() if name == last]

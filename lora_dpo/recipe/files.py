@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import os
 import runpy
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 from lora_dpo.errors import RecipeError
 from lora_dpo.losses import OBJECTIVES
 from lora_dpo.recipe.coerce import build, coerce, describe, field_names, hints_of, unknown_key
-from lora_dpo.recipe.schema import Recipe, parse_objective
+from lora_dpo.recipe.schema import Recipe, Source, parse_objective
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -27,13 +29,22 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if not file.is_file():
         raise RecipeError(f"no recipe file {file}")
     if file.suffix == ".py":
-        made = runpy.run_path(str(file), run_name="recipe").get("recipe")
+        made = _run_script(file).get("recipe")
         if not isinstance(made, Recipe):
             raise RecipeError(f"{file} does not set a variable `recipe` to a lora_dpo.Recipe")
         return override(made, overrides)
     if file.suffix in (".yaml", ".yml"):
         return override(from_dict(_read_yaml(file)), overrides)
     raise RecipeError(f"{file}: a recipe is a .py or a .yaml file")
+
+
+def _run_script(file: Path) -> dict[str, Any]:
+    """The script's variables; it may import files beside it, as it could if python ran it."""
+    sys.path.insert(0, str(file.parent.absolute()))
+    try:
+        return runpy.run_path(str(file), run_name="recipe")
+    finally:
+        sys.path.pop(0)
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:
@@ -73,6 +84,33 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
 
 def to_yaml(recipe: Recipe) -> str:
     return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True, width=110)
+
+
+def pinned(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute and a template's file replaced by its text.
+
+    So that it means the same from another working folder, and after the template's file was edited.
+    """
+    data, template = recipe.data, recipe.data.chat_template
+    if template is not None and len(template) < 4096 and Path(template).expanduser().is_file():
+        template = Path(template).expanduser().read_text(encoding="utf-8")
+    data = replace(data, train=_absolute(data.train), eval=_absolute(data.eval), chat_template=template)
+    return replace(recipe, base=replace(recipe.base, model=_absolute(recipe.base.model)), data=data)
+
+
+def _absolute(value: Any) -> Any:
+    """Paths of files and folders that are there made absolute, in a source or several; the rest as it is."""
+    if isinstance(value, tuple):
+        return tuple(_absolute(item) for item in value)
+    if isinstance(value, Source):
+        return replace(value, path=_absolute(value.path))
+    if not isinstance(value, str):
+        return value
+    path = Path(value).expanduser()
+    if len(value) < 4096 and "\0" not in value and path.exists():
+        return str(path.absolute())
+    folder, colon, split = value.rpartition(":")  # a folder may name a split
+    return f"{Path(folder).absolute()}:{split}" if colon and folder and Path(folder).is_dir() else value
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

@@ -20,8 +20,11 @@ Fraction = Annotated[float, AtLeast(0, high=1)]
 
 def parse_rows(value: Any, key: str) -> Any:
     """A `datasets.Dataset` given from Python, as it is."""
-    if hasattr(value, "column_names") and hasattr(value, "__getitem__"):
+    columns = getattr(value, "column_names", None)
+    if isinstance(columns, list) and hasattr(value, "__len__") and hasattr(value, "__getitem__"):
         return value
+    if isinstance(columns, dict):
+        raise RecipeError(f"{key} got a DatasetDict; give one of its splits: {', '.join(columns)}")
     raise refusal(key, value, "a path, a hub id or a datasets.Dataset")
 
 
@@ -153,9 +156,9 @@ class Training(Section):
     """
 
     section: ClassVar[str] = "training"
-    pairs_per_step: Count = 16
+    pairs_per_step: Annotated[int, AtLeast(1, high=1_000_000)] = 16
     tokens_per_microbatch: Count = 8192
-    epochs: Positive = 1.0
+    epochs: Annotated[float, AtLeast(0, high=1_000_000, exclusive=True)] = 1.0
     max_steps: Count | None = None
     learning_rate: Positive = 5e-5
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -167,7 +170,7 @@ class Training(Section):
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
     gradient_checkpointing: bool = True
-    seed: CountOrZero = 0
+    seed: Annotated[int, AtLeast(0, high=2**63 - 1)] = 0
     eval_every: CountOrZero = 0
     save_every: CountOrZero = 100
     keep_checkpoints: Count = 2

@@ -12,6 +12,8 @@ from lora_dpo.tokenization.branches import Branches
 from lora_dpo.tokenization.chat import ChatTokenizer
 from lora_dpo.tokenization.truncation import Dropped
 
+REFUSED = "the chat template refuses the conversation"
+
 
 @dataclass(frozen=True)
 class Tokenized:
@@ -33,10 +35,14 @@ def tokenize(
     records: Iterable[Preference | Demonstration],
     tokenizer: ChatTokenizer,
     progress: Callable[[int], None] | None = None,
+    *,
+    skip_refused: bool = False,
 ) -> Tokenized:
     """Tokenize every record; `progress` hears of each one that is done.
 
-    Raises DataError if none is left, or the template refuses one; ModelError if the tokenizer is of no use.
+    Raises DataError if none is left, or (unless `skip_refused`, which counts it as dropped) the template
+    refuses
+    one; ModelError if the tokenizer is of no use.
     """
     tokenized = Tokenized([], Counter(), {})
     for record in records:
@@ -45,6 +51,11 @@ def tokenize(
         except Dropped as dropped:
             tokenized.dropped[dropped.reason] += 1
             tokenized.first_dropped.setdefault(dropped.reason, dropped.where)
+        except DataError as error:
+            if not skip_refused:
+                raise DataError(f"{error} (data.on_bad_row=skip skips such rows and counts them)") from error
+            tokenized.dropped[REFUSED] += 1
+            tokenized.first_dropped.setdefault(REFUSED, record.where)
         if progress is not None:
             progress(1)
     if not tokenized.branches:

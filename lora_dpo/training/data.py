@@ -54,8 +54,9 @@ def prepare_data(
     """Load, split and tokenize. Raises DataError naming file and row."""
     chat = chat_tokenizer(tokenizer, data)
     train_records, held_out_records = _load(data, objective, seed, display)
-    train = _tokenize(train_records, chat, "tokenizing", display)
-    held_out = _tokenize(held_out_records, chat, "tokenizing held-out rows", display)
+    skip = data.on_bad_row == "skip"
+    train = _tokenize(train_records, chat, "tokenizing", display, skip)
+    held_out = _tokenize(held_out_records, chat, "tokenizing held-out rows", display, skip)
     tokens = sum(item.tokens for item in train)
     display.say(f"data: {len(train):,} training and {len(held_out):,} held-out examples, {tokens:,} tokens")
     return TrainingData(train, held_out, chat)
@@ -79,7 +80,8 @@ def prepare_held_out(
             data, train=source, eval=(), eval_fraction=0.0, eval_last=0, max_rows=data.max_eval_rows
         )
         records = _load(alone, objective, seed, display)[0]
-    return HeldOut(records, _tokenize(records, chat, "tokenizing held-out rows", display), chat)
+    branches = _tokenize(records, chat, "tokenizing held-out rows", display, data.on_bad_row == "skip")
+    return HeldOut(records, branches, chat)
 
 
 def _load(data: Data, objective: Objective, seed: int, display: Display) -> tuple[Records, Records]:
@@ -92,11 +94,13 @@ def _load(data: Data, objective: Objective, seed: int, display: Display) -> tupl
     return loaded.train, loaded.eval
 
 
-def _tokenize(records: Records, chat: ChatTokenizer, what: str, display: Display) -> list[Branches]:
+def _tokenize(
+    records: Records, chat: ChatTokenizer, what: str, display: Display, skip: bool
+) -> list[Branches]:
     if not records:
         return []
     with display.counting(what, len(records)) as advance:
-        done = tokenize(records, chat, progress=advance)
+        done = tokenize(records, chat, progress=advance, skip_refused=skip)
     if done.dropped:
         display.say(done.describe_dropped())
     return done.branches

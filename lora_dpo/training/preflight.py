@@ -50,7 +50,8 @@ def preflight(
                 say(_check_start(model, objective, batch))
             say(_check_packing(model, longest))
             say(_check_isolation(model, few))
-            say(_check_gradients(model, objective, batch))
+            if fresh_adapter:
+                say(_check_gradients(model, objective, batch))
         say(_check_longest(model, objective, branches, examples_per_step, tokens_per_microbatch))
     except torch.OutOfMemoryError as error:
         raise PreflightError(

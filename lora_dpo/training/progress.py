@@ -20,7 +20,7 @@ class Display:
     """Prints what happens; `observe` is an observer. Quiet on all processes but the main one."""
 
     def __init__(self, quiet: bool = False):
-        self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True)
+        self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
         self.live = self.console.is_terminal and not quiet
         self._bar: Progress | None = None
         self._last_line = -LINE_SECONDS

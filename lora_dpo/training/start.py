@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from accelerate import Accelerator
 
 from lora_dpo.errors import RecipeError, RunError
 from lora_dpo.evaluation import metric_names
-from lora_dpo.model import Model, load_model, load_tokenizer
-from lora_dpo.recipe import Recipe, load_recipe, to_dict, to_yaml
+from lora_dpo.model import Model, load_config, load_model, load_tokenizer
+from lora_dpo.recipe import Recipe, load_recipe, pinned, to_dict, to_yaml
 from lora_dpo.run_directory import RunDirectory, write_text
-from lora_dpo.training.data import prepare_data
+from lora_dpo.training.data import TrainingData, prepare_data
 from lora_dpo.training.observers import Observer, check_trackers, flat
 from lora_dpo.training.progress import Display
 from lora_dpo.training.trainer import Trainer
@@ -27,9 +28,8 @@ def train(
     Raises UserError for what the user can mend, and Stopped after SIGINT or SIGTERM.
     """
     check_training(recipe)
+    recipe = pinned(recipe)
     run = RunDirectory.create(recipe.run_directory, resume=resume)
-    if resume:
-        check_same_recipe(recipe, run)
     accelerator = Accelerator(
         mixed_precision="no",
         gradient_accumulation_steps=1,
@@ -38,6 +38,25 @@ def train(
         project_dir=str(run.path),
     )
     check_processes(recipe, accelerator)
+    with run.locked() if accelerator.is_main_process else nullcontext():
+        if resume:
+            check_same_recipe(recipe, run)
+        elif run.recipe_file.exists() and accelerator.is_main_process:
+            raise RunError(f"another process began a run in {run.path}: name another run_directory")
+        if accelerator.is_main_process:
+            run.sweep()
+        _train(recipe, run, accelerator, observers, resume, quiet)
+    return run
+
+
+def _train(
+    recipe: Recipe,
+    run: RunDirectory,
+    accelerator: Accelerator,
+    observers: Sequence[Observer],
+    resume: bool,
+    quiet: bool,
+) -> None:
     display = Display(quiet=quiet or not accelerator.is_main_process)
     # Everything about the data is known before the minutes that loading a large base takes.
     data = prepare_data(
@@ -45,6 +64,7 @@ def train(
     )
     if (recipe.training.eval_every or recipe.training.best_metric) and not data.eval:
         raise RecipeError("training.eval_every needs held-out rows: data.eval, eval_fraction or eval_last")
+    check_positions(recipe, data)
     started = time.monotonic()
     model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed)
     if accelerator.num_processes > 1:
@@ -60,7 +80,6 @@ def train(
         # From here on it is a run: what failed before this line can simply be started again.
         write_text(run.recipe_file, to_yaml(recipe))
     trainer.run()
-    return run
 
 
 def check_training(recipe: Recipe) -> None:
@@ -83,6 +102,19 @@ def check_processes(recipe: Recipe, accelerator: Accelerator) -> None:
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "TP"):
         raise RunError(f"accelerate is configured for {kind}; configure plain multi-GPU, or none")
+
+
+def check_positions(recipe: Recipe, data: TrainingData) -> None:
+    """Raise RecipeError where an example is longer than the model has positions for."""
+    text = load_config(recipe.base).get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    item = max([*data.train, *data.eval], key=lambda item: max(map(len, item.rests)) + len(item.prefix))
+    longest = len(item.prefix) + max(map(len, item.rests))
+    if positions and longest > positions:
+        raise RecipeError(
+            f"data.max_tokens got {recipe.data.max_tokens}, and {item.where} has a side of {longest} tokens;"
+            f" this model takes at most {positions}"
+        )
 
 
 MAY_CHANGE = {

@@ -107,6 +107,9 @@ class Trainer:
                 scale = {"scale": state.loss_scale, "_growth_tracker": state.loss_scale_growth}
                 self.scaler.load_state_dict(self.scaler.state_dict() | scale)
             break
+        else:
+            if self.run_directory.checkpoints():
+                raise RunError(f"--resume: no checkpoint in {self.run_directory.checkpoints_folder} is whole")
         if self.accelerator.is_main_process:
             self.run_directory.drop_records_after(self.state.step)
         self.display.say(f"resumed after step {self.state.step} of {self.steps}")

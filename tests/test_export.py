@@ -222,3 +222,25 @@ def test_overrides_reach_an_opened_run(trained: RunDirectory):
     run = open_finished(trained.path, overrides=["data.max_eval_rows=3"])
     assert len(run.data.eval) == 3
     assert override(run.recipe, ["data.max_eval_rows=null"]).data.max_eval_rows is None
+
+
+def test_a_quantized_gpt2_merges_into_its_transposed_layers(tmp_path: Path):
+    from builders import pair_rows, small_tokenizer
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=320, n_embd=64, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    small_tokenizer().save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows(24)))
+    recipe = Recipe(
+        base=Base(str(tmp_path / "gpt2"), compute_dtype="float32"),
+        data=Data(str(tmp_path / "pairs.jsonl"), eval_last=4),
+        adapter=Adapter(rank=4),
+        training=Training(pairs_per_step=8, epochs=9, max_steps=6, learning_rate=1e-2),
+        run_directory=str(tmp_path / "run"),
+    )
+    run = open_finished(train(recipe, quiet=True).path)
+    gap = verify_merged(run, export_merged(run, tmp_path / "merged", dtype="float32"), dtype="float32")
+    assert gap is not None
+    assert gap.largest < 1e-3 < gap.update

@@ -121,6 +121,9 @@ def test_text_becomes_the_typed_value(text: str, value: object):
         ("loss=DPQ", ["DPQ", "DPO, SFT", "Did you mean DPO"]),
         ("loss.beta=-1", ["loss.beta", "-1", "greater than 0"]),
         ("data.train={path: b.json, weigt: 2}", ["weigt", "data.train.weight"]),
+        ("data.train=[a.json, {path: b.json, weigt: 2}]", ["data.train[1].weigt", "data.train[1].weight"]),
+        ("training.seed=99999999999999999999999", ["training.seed", "at most"]),
+        ("adapter.targets=[]", ["adapter.targets", "all-linear"]),
         ("data.max_prompt_tokens=4096", ["data.max_prompt_tokens", "data.max_tokens"]),
         ("training.early_stopping=2", ["training.best_metric"]),
         ("training.best_metric=loss", ["training.eval_every"]),
@@ -175,6 +178,21 @@ def test_every_key_has_a_value_and_says_what_it_takes():
     assert len(keys) > 40
     assert keys["training.learning_rate"] == "a number, greater than 0"
     assert keys["base.quantization"] == "one of nf4, fp4, int8, none"
+
+
+def test_a_path_object_is_a_path_and_a_dataset_dict_is_refused_naming_its_splits():
+    from datasets import Dataset, DatasetDict
+
+    assert Data(Path("a.json")).train == "a.json"  # pyright: ignore[reportArgumentType]
+    with pytest.raises(RecipeError, match=r"data\.train got a DatasetDict.*train, test"):
+        Data(DatasetDict({"train": Dataset.from_list([]), "test": Dataset.from_list([])}))
+
+
+def test_a_script_may_import_what_lies_beside_it(tmp_path: Path):
+    (tmp_path / "beside_me.py").write_text("MODEL = 'some/model'\n")
+    script = "from beside_me import MODEL\nfrom lora_dpo import Base, Data, Recipe\n"
+    (tmp_path / "r.py").write_text(script + "recipe = Recipe(base=Base(MODEL), data=Data('pairs.jsonl'))\n")
+    assert load_recipe(tmp_path / "r.py") == RECIPE
 
 
 def test_a_dataset_from_python_is_kept_and_named_in_the_record():

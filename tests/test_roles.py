@@ -141,6 +141,16 @@ def test_the_seed_alone_decides_the_adapter(small_model: Path):
     assert not torch.equal(first(1, 10), first(2, 10))
 
 
+@pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
+def test_targets_that_an_export_would_lose_are_refused(tmp_path: Path):
+    from builders import save_small_model
+
+    tied = save_small_model(tmp_path, tie_word_embeddings=True)
+    for name in ("embed_tokens", "lm_head"):
+        with pytest.raises(ModelError, match=r"adapter\.targets names"):
+            load_model(base_of(tied), Adapter(rank=4, targets=("q_proj", name)))
+
+
 def test_unknown_targets_and_missing_models_are_refused_in_words(small_model: Path, tmp_path: Path):
     with pytest.raises(ModelError, match=r"adapter\.targets"):
         load_model(base_of(small_model), Adapter(targets=("no_such_layer",)))

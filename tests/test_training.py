@@ -14,6 +14,7 @@ from builders import pair_rows
 from safetensors.torch import load_file
 
 from lora_dpo.errors import DataError, RecipeError, RunError
+from lora_dpo.finished import open_finished
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training, load_recipe, override
 from lora_dpo.run_directory import RunDirectory, damage
 from lora_dpo.training import Record, Stopped, train
@@ -143,6 +144,65 @@ def test_a_run_directory_is_not_overwritten_and_not_resumed_with_another_recipe(
     rows.write_text(rows.read_text().replace("the cat", "the bat"))
     with pytest.raises(RunError, match="data are not those"):
         train(recipe, resume=True, quiet=True)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_quietly_started_over(recipe: Recipe):
+    run = train(recipe, quiet=True)
+    for folder in run.checkpoints():
+        (folder / "state.json").write_text("{}")
+    before = run.metrics_file.read_text()
+    with pytest.raises(RunError, match="no checkpoint"):
+        train(recipe, resume=True, quiet=True)
+    assert run.metrics_file.read_text() == before
+
+
+def test_a_second_process_is_kept_out_and_what_a_dead_one_left_is_swept_away(recipe: Recipe):
+    run = RunDirectory.create(recipe.run_directory)
+    left = run.checkpoints_folder / ".step-000003.part"
+    left.mkdir()
+    with run.locked(), pytest.raises(RunError, match="another process"):
+        train(recipe, quiet=True)
+    train(override(recipe, ["training.max_steps=1"]), quiet=True)
+    assert not left.exists()
+
+
+def test_a_run_means_the_same_from_another_folder_and_after_its_template_was_edited(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from builders import CHATML
+
+    monkeypatch.chdir(tmp_path)
+    Path("mine.jinja").write_text(CHATML)
+    words = ["data.train=pairs.jsonl", "data.chat_template=mine.jinja", "training.max_steps=1"]
+    run = train(override(recipe, words), quiet=True)
+    Path("mine.jinja").write_text("edited")
+    monkeypatch.chdir("/")
+    recorded = load_recipe(run.recipe_file)
+    assert recorded.data.train == str(tmp_path / "pairs.jsonl")
+    assert recorded.data.chat_template == CHATML
+    assert open_finished(run.path).data.tokenizer.chat_template == CHATML
+
+
+def test_a_row_that_the_template_refuses_is_named_or_skipped(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str]
+):
+    refusing = "{% if messages[0].content.endswith(' 3') %}{{ raise_exception('no threes') }}{% endif %}"
+    from builders import CHATML
+
+    recipe = override(recipe, [f"data.chat_template={refusing + CHATML}", "training.max_steps=1"])
+    with pytest.raises(DataError, match=r"row 4: .*on_bad_row=skip"):
+        train(recipe, quiet=True)
+    train(override(recipe, ["data.on_bad_row=skip"]))
+    assert "1 dropped: the chat template refuses the conversation" in capsys.readouterr().out
+
+
+def test_a_side_longer_than_the_models_positions_is_refused_with_its_row(recipe: Recipe, tmp_path: Path):
+    rows = pair_rows(20)
+    rows[6]["chosen"] = "cat " * 1500
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"data.train={tmp_path / 'long.jsonl'}", "data.eval_last=0", "data.max_tokens=4096"]
+    with pytest.raises(RecipeError, match=r"data\.max_tokens.*row 7.*at most 1024"):
+        train(override(recipe, words), quiet=True)
 
 
 def test_a_run_that_failed_before_its_first_step_can_simply_be_started_again(recipe: Recipe):

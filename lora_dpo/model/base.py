@@ -22,6 +22,9 @@ from lora_dpo.attention import NAME as BRANCH_ATTENTION
 from lora_dpo.errors import ModelError
 from lora_dpo.recipe import Base
 
+if not sys.stderr.isatty():
+    hf_logging.disable_progress_bar()  # in a log file its redrawn bars are noise
+
 
 def load_base(base: Base) -> PreTrainedModel:
     """The frozen base in memory, quantized as asked, in train mode for ever, with no dropout and no
@@ -29,8 +32,6 @@ def load_base(base: Base) -> PreTrainedModel:
 
     Raises ModelError where it cannot be had.
     """
-    if not sys.stderr.isatty():
-        hf_logging.disable_progress_bar()
     device = pick_device(base)
     dtype = pick_compute_dtype(base, device)
     config = load_config(base)

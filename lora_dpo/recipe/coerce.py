@@ -50,6 +50,10 @@ class Parsed:
         return self.takes
 
 
+class Mismatch(RecipeError):
+    """A value is not of the type asked for; where there are several, another may take it."""
+
+
 def coerce(hint: Any, value: Any, key: str) -> Any:
     """The value as the hint's type. Text is parsed: "5e-6" is a float, "[a, b]" a tuple, "null" None."""
     origin = get_origin(hint)
@@ -84,7 +88,7 @@ def _coerce_union(hint: Any, value: Any, key: str) -> Any:
     if types.NoneType in options and (value is None or value in ("null", "none", "None", "")):
         return None
     for option in options:
-        if dataclasses.is_dataclass(option) and isinstance(value, Mapping):
+        if dataclasses.is_dataclass(option) and type(value) is dict:
             return coerce(option, value, key)
     real = [option for option in options if option is not types.NoneType]
     if isinstance(value, (list, tuple)):
@@ -94,7 +98,7 @@ def _coerce_union(hint: Any, value: Any, key: str) -> Any:
     for option in real:
         try:
             return coerce(option, value, key)
-        except RecipeError as error:
+        except Mismatch as error:
             inner = error
     raise inner if len(real) == 1 else refusal(key, value, describe(hint))
 
@@ -189,8 +193,8 @@ def describe(hint: Any) -> str:
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def refusal(key: str, value: Any, takes: str) -> RecipeError:
-    return RecipeError(f"{key} got {reprlib.repr(value)}; it takes {takes}")
+def refusal(key: str, value: Any, takes: str) -> Mismatch:
+    return Mismatch(f"{key} got {reprlib.repr(value)}; it takes {takes}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -92,7 +92,7 @@ def pinned(recipe: Recipe) -> Recipe:
     So that it means the same from another working folder, and after the template's file was edited.
     """
     data, template = recipe.data, recipe.data.chat_template
-    if template is not None and len(template) < 4096 and Path(template).expanduser().is_file():
+    if template is not None and os.path.isfile(os.path.expanduser(template)):
         template = Path(template).expanduser().read_text(encoding="utf-8")
     data = replace(data, train=_absolute(data.train), eval=_absolute(data.eval), chat_template=template)
     return replace(recipe, base=replace(recipe.base, model=_absolute(recipe.base.model)), data=data)
@@ -106,11 +106,11 @@ def _absolute(value: Any) -> Any:
         return replace(value, path=_absolute(value.path))
     if not isinstance(value, str):
         return value
-    path = Path(value).expanduser()
-    if len(value) < 4096 and "\0" not in value and path.exists():
-        return str(path.absolute())
+    path = os.path.expanduser(value)
+    if os.path.exists(path):  # unlike Path.exists, False for what can't be a path at all
+        return os.path.abspath(path)
     folder, colon, split = value.rpartition(":")  # a folder may name a split
-    return f"{Path(folder).absolute()}:{split}" if colon and folder and Path(folder).is_dir() else value
+    return f"{os.path.abspath(folder)}:{split}" if colon and os.path.isdir(folder) else value
 
 
 def override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

@@ -63,7 +63,7 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
             return bound.parse(value, key)
         try:
             number = coerce(base, value, key)
-        except RecipeError:
+        except Mismatch:
             raise refusal(key, value, describe(hint)) from None
         if not bound.accepts(number):
             raise refusal(key, value, describe(hint))
@@ -116,7 +116,7 @@ def _coerce_dataclass(cls: type, value: Any, key: str) -> Any:
     if isinstance(value, cls):
         return value
     value = _structured(value, key)
-    if not isinstance(value, Mapping):
+    if type(value) is not dict:  # a DatasetDict is a mapping too, of another kind
         raise refusal(key, value, f"the keys {', '.join(field_names(cls))}")
     return build(cls, value, key)
 

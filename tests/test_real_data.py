@@ -28,16 +28,16 @@ def test_a_few_steps_on_a_real_set_lower_the_loss_and_tell_its_pairs_apart(
     """From loading to evaluation; the preflight inside checks packing against the model's own attention."""
     recipe = Recipe(
         base=Base(str(SHARED / "models" / "chat-10m")),
-        data=Data(str(SHARED / "data" / name), eval_last=24, max_rows=64, max_tokens=320, on_bad_row="skip"),
+        data=Data(str(SHARED / "data" / name), eval_last=24, max_rows=16, max_tokens=320, on_bad_row="skip"),
         training=Training(
-            pairs_per_step=pairs, epochs=50, max_steps=10, learning_rate=1e-3, schedule="constant"
+            pairs_per_step=pairs, epochs=50, max_steps=12, learning_rate=4e-4, schedule="constant"
         ),
         run_directory=str(tmp_path / "run"),
     )
     run = train(recipe, quiet=True)
     steps = [record for record in run.records() if record["kind"] == "step"]
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert sum(record["loss"] for record in steps[-3:]) / 3 < 0.67
+    assert sum(record["loss"] for record in steps[-3:]) / 3 < 0.66
     finished = open_finished(run.path)
     assert finished.data.eval
     met = prepare_data(

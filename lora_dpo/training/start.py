@@ -76,6 +76,8 @@ def _train(
     if resume:
         trainer.resume()
     trainer.preflight()
+    # A process that is late must not take this run's own recipe.yaml for an earlier run's.
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process and not resume:
         # From here on it is a run: what failed before this line can simply be started again.
         write_text(run.recipe_file, to_yaml(recipe))

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import datasets
 import pytest
 
-from lora_dpo.errors import DataError
+from lora_dpo.errors import DataError, RecipeError
 from lora_dpo.preferences import load_preferences
 from lora_dpo.preferences.sources import rows_of
 from lora_dpo.recipe import Data, Source
@@ -76,7 +76,7 @@ def test_a_saved_dataset_is_a_folder_with_or_without_splits(tmp_path: Path) -> N
         rows_read(str(tmp_path / "several"))
     with pytest.raises(DataError, match="without splits"):
         rows_read(f"{tmp_path / 'one'}:train")
-    with pytest.raises(DataError, match="give one of its splits: train, test"):
+    with pytest.raises(RecipeError, match="give one of its splits: train, test"):
         rows_read(splits)
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(DataError, match="cannot be read as a saved dataset"):

@@ -52,7 +52,11 @@ def train_command(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a .py or a .yaml file.")],
     resume: Annotated[bool, typer.Option(help="Go on with the run in the recipe's run directory.")] = False,
 ) -> None:
-    """Train: lora-dpo train RECIPE [key=value ...], such as loss.beta=0.05 training.epochs=2."""
+    """Train a recipe.
+
+    Keys of the recipe can be given behind it: lora-dpo train RECIPE loss.beta=0.05 training.epochs=2. An unknown
+    key names the nearest known one; `python RECIPE.py --help` lists them all.
+    """
     from lora_dpo.recipe import load_recipe
 
     _train(load_recipe(recipe, context.args), resume)
@@ -65,7 +69,11 @@ def eval_command(
     samples: Annotated[int, typer.Option(min=0, help="How many prompts to answer, base and policy.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
 ) -> None:
-    """Evaluate a run on held-out pairs, and show answers of base and policy side by side."""
+    """Evaluate a run on held-out pairs.
+
+    Accuracy and margin with 95% bootstrap intervals, log-prob changes, and answers of base and policy side
+    by side.
+    """
     from lora_dpo.finished import evaluate_run, open_finished, side_by_side
     from lora_dpo.training import Display
 
@@ -92,7 +100,10 @@ def export_command(
     ] = "bfloat16",
     verify: Annotated[bool, typer.Option(help="Reload a merged model and compare log-probs.")] = True,
 ) -> None:
-    """Export a run's adapter, or base and adapter merged into one plain transformers model."""
+    """Export an adapter or a merged model.
+
+    The merged model is a plain transformers one; it is reloaded and compared with base + adapter.
+    """
     from lora_dpo.export import export_adapter, export_merged, refuse_existing
     from lora_dpo.finished import open_finished
     from lora_dpo.run_directory import RunDirectory

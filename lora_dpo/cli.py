@@ -54,7 +54,7 @@ def train_command(
 ) -> None:
     """Train a recipe.
 
-    Keys of the recipe can be given behind it: lora-dpo train RECIPE loss.beta=0.05 training.epochs=2. An unknown
+    Keys of the recipe can follow it: lora-dpo train RECIPE loss.beta=0.05 training.epochs=2. An unknown
     key names the nearest known one; `python RECIPE.py --help` lists them all.
     """
     from lora_dpo.recipe import load_recipe

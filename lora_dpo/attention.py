@@ -5,22 +5,26 @@ Legend: `T` packed tokens, `H` query heads, `G` key-value heads (H is a multiple
 The layout travels as the keyword argument `branch_layout` of the model's forward call, never as a global: a
 checkpointed layer is recomputed while another micro-batch is current.
 
-On CUDA, with bfloat16 or float16 on Ampere or newer, all branches run in one variable-length flash call of
-torch's own; elsewhere each block is one scaled-dot-product call. Both expand a prefix's keys and values only
-inside the call.
+On CUDA, with bfloat16 or float16 on Ampere or newer, all branches run in one variable-length flash call:
+torch's
+own, or where the package flash-attn is installed its, which also knows softcapped logits. Elsewhere each
+block is
+one scaled-dot-product call, or the formula itself where no kernel knows it. All expand a prefix's keys and
+values
+only inside the call.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from lora_dpo.batching import Block, BranchLayout
 
@@ -52,8 +56,10 @@ def branch_attention(
         raise ValueError(f"{NAME} attends to packed branches: pass branch_layout, or set another attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     special = softcap is not None or s_aux is not None
-    if not special and query.is_cuda and flash_available(query.dtype, key.shape[-1], value.shape[-1]):
-        return _flash(query, key, value, branch_layout, scale, sliding_window), None
+    if query.is_cuda and s_aux is None and flash_takes(query.dtype, key.shape[-1], value.shape[-1]):
+        attend = flash_call(softcap is not None)
+        if attend is not None:
+            return _flash(attend, query, key, value, branch_layout, scale, sliding_window, softcap), None
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
     outputs = []
     for block in branch_layout.blocks:
@@ -105,22 +111,28 @@ def _explicit(
 
 
 @cache
-def flash_available(dtype: torch.dtype, key_width: int, value_width: int) -> bool:
-    """Whether torch's variable-length flash attention takes these: half precision, equal widths, Ampere or
-    newer.
-    """
-    if (
-        dtype not in (torch.bfloat16, torch.float16)
-        or key_width != value_width
-        or key_width > 256
-        or key_width % 8
-    ):
+def flash_takes(dtype: torch.dtype, key_width: int, value_width: int) -> bool:
+    """Whether flash attention takes these: half precision, equal widths, Ampere or newer."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    if not half or key_width != value_width or key_width > 256 or key_width % 8:
         return False
-    return _varlen() is not None and torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 @cache
-def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
+def flash_call(softcapped: bool) -> Callable[..., Tensor] | None:
+    """The variable-length call to use: torch's own before that of flash-attn, which alone knows a softcap.
+
+    It takes (q [T, H, d], k, v [keys, G, d], cu_q, cu_k, max_q, max_k, scale, window, softcap).
+    """
+    if not softcapped and (found := _torch_varlen()) is not None:
+        return partial(_call_torch, *found)
+    found = _flash_attn()
+    return None if found is None else partial(_call_flash_attn, found)
+
+
+@cache
+def _torch_varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
     """torch's variable-length attention and the names of its arguments, which change between releases."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -131,28 +143,58 @@ def _varlen() -> tuple[Callable[..., Any], frozenset[str]] | None:
     return (varlen_attn, names) if {"scale", "window_size"} <= names else None
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, layout: BranchLayout, scaling: float, window: int | None
+@cache
+def _flash_attn() -> Callable[..., Any] | None:
+    """flash-attn's variable-length attention (Dao 2023, arXiv:2307.08691), where it is installed and
+    works.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+    except ImportError:  # not there, or built for another torch
+        return None
+    names = inspect.signature(flash_attn_varlen_func).parameters
+    # Before 2.1 causal was aligned at the top left, and there was no softcap: both mean another function.
+    return flash_attn_varlen_func if {"window_size", "softcap"} <= set(names) else None
+
+
+def _call_torch(
+    attend: Callable[..., Any], names: frozenset[str], q: Tensor, k: Tensor, v: Tensor, *rest: Any
 ) -> Tensor:
-    """All branches in one call: queries in place, keys and values gathered behind their own prefixes."""
-    found = _varlen()
-    assert found is not None
-    attend, names = found
-    index, cu_q, cu_k, max_q, max_k = layout.varlen
-    q = query[0].transpose(0, 1)
-    k, v = (x[0].transpose(0, 1).index_select(0, index) for x in (key, value))
-    options: dict[str, Any] = {"scale": scaling, "window_size": (-1 if window is None else window - 1, 0)}
+    cu_q, cu_k, max_q, max_k, scale, window, _ = rest
+    options: dict[str, Any] = {"scale": scale, "window_size": (window, 0)}
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in names:
             options["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return attend(q, k, v, cu_q, cu_k, max_q, max_k, **options).unsqueeze(0)
+    return attend(q, k, v, cu_q, cu_k, max_q, max_k, **options)
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """The layout is the mask; transformers need not make one."""
+def _call_flash_attn(attend: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    cu_q, cu_k, max_q, max_k, scale, window, softcap = rest
+    options = {"softmax_scale": scale, "window_size": (window, 0), "softcap": softcap or 0.0}
+    return attend(q, k, v, cu_q, cu_k, max_q, max_k, causal=True, **options)
 
 
+def _flash(
+    attend: Callable[..., Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: BranchLayout,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """All branches in one call: queries in place, keys and values gathered behind their own prefixes."""
+    index, *lengths = layout.varlen
+    q = query[0].transpose(0, 1)
+    k, v = (x[0].transpose(0, 1).index_select(0, index) for x in (key, value))
+    # transformers counts the token itself; these calls count those to its left.
+    window = -1 if sliding_window is None else sliding_window - 1
+    return attend(q, k, v, *lengths, scale, window, softcap).unsqueeze(0)
+
+
+# No mask function goes with it: the layout is the mask. For a name that has one, transformers looks for
+# packing in the positions of each forward call, and the host waits for the device to tell.
 AttentionInterface.register(NAME, branch_attention)
-AttentionMaskInterface.register(NAME, _no_mask)

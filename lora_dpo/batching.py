@@ -51,7 +51,7 @@ class BranchLayout:
     def to(self, device: torch.device) -> BranchLayout:
         if self.example.device == device:
             return self
-        moved = (t.to(device, non_blocking=True) for t in (self.example, self.branch, self.position))
+        moved = (_sent(t, device) for t in (self.example, self.branch, self.position))
         return BranchLayout(*moved, lengths=self.lengths)
 
     @cached_property
@@ -95,8 +95,8 @@ class BranchLayout:
         index = torch.cat([torch.arange(*span) for block in blocks for span in block.key_spans])
         queries = [block.stop - block.start for block in blocks]
         keys = [sum(stop - start for start, stop in block.key_spans) for block in blocks]
-        cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (queries, keys))
-        return index.to(device), cu_q, cu_k, max(queries), max(keys)
+        cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in (queries, keys))
+        return _sent(index, device), _sent(cu_q, device), _sent(cu_k, device), max(queries), max(keys)
 
     def mask(self, block: Block, window: int | None) -> Tensor:
         """bool [queries, keys]: who may be seen. A window of W holds the token itself and the W − 1
@@ -114,6 +114,13 @@ class BranchLayout:
                 seen &= distance < window
             self._masks[key] = seen
         return self._masks[key]
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on its way to a device. Pageable memory would wait for all that the card has still to do."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _branch_blocks(start: int, prefix: int, *rests: int) -> list[Block]:
@@ -153,7 +160,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         names = ("token_ids", "positions", "score_positions", "targets", "sequences")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        moved = {name: _sent(getattr(self, name), device) for name in names}
         return replace(self, layout=self.layout.to(device), **moved)
 
     def per_sequence(self, values: Tensor) -> Tensor:

@@ -20,8 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from lora_dpo.batching import MicroBatch
 from lora_dpo.model import Model
 
-HEAD_BYTES = 256 * 2**20
-"""What a chunk of logits in float32 may take."""
+HEAD_BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
+"""What a chunk of logits in float32 may take: on the CPU, what stays in its cache between two passes."""
+
+HEAD_ROWS = 128
+"""On the CPU a chunk has at least so many rows: with fewer, the head's weight is read more than it is
+used.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,16 +55,17 @@ class LogitTransform:
         return self.scale * (1 - (transformed / self.softcap) ** 2)
 
 
-def token_logprobs(model: Model, batch: MicroBatch, *, head_bytes: int = HEAD_BYTES) -> Tensor:
+def token_logprobs(model: Model, batch: MicroBatch, *, head_bytes: int | None = None) -> Tensor:
     """log π(target) of each score row, float32 (float64 for a float64 model) [S], differentiable by the
     adapters.
 
     The role is the caller's: adapters on, or inside `as_reference`. The batch lies on the model's device.
+    head_bytes: what a chunk of logits may take; by itself it suits the device.
     """
     with model.autocast():
         hidden = hidden_states(model, batch)[batch.score_positions]
         transform = LogitTransform.of(model.causal.config)
-        rows = max(1, head_bytes // (4 * vocabulary(model)))
+        rows = chunk_rows(model) if head_bytes is None else max(1, head_bytes // (4 * vocabulary(model)))
         if head_is_frozen(model):
             weight, bias = model.head.weight, getattr(model.head, "bias", None)
             arguments = (hidden.to(weight.dtype), weight, bias, batch.targets, transform, rows)
@@ -69,13 +75,20 @@ def token_logprobs(model: Model, batch: MicroBatch, *, head_bytes: int = HEAD_BY
 
 def hidden_states(model: Model, batch: MicroBatch) -> Tensor:
     """The backbone's last hidden states, [T, D]."""
-    output = model.causal.base_model(
-        input_ids=batch.token_ids[None],
-        position_ids=batch.positions[None],
-        branch_layout=batch.layout,
-        use_cache=False,
-    )
+    with model.saving():
+        output = model.causal.base_model(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.positions[None],
+            branch_layout=batch.layout,
+            use_cache=False,
+        )
     return output.last_hidden_state[0]
+
+
+def chunk_rows(model: Model) -> int:
+    """How many score rows go through the head at a time."""
+    rows = HEAD_BYTES.get(model.device.type, HEAD_BYTES["cuda"]) // (4 * vocabulary(model))
+    return max(rows, HEAD_ROWS if model.device.type == "cpu" else 1)
 
 
 def vocabulary(model: Model) -> int:
@@ -101,22 +114,26 @@ class _FrozenHead(torch.autograd.Function):
         rows: int,
     ) -> Tensor:
         """hidden [S, D]; weight [V, D]; targets int64 [S]; → float32 [S]."""
-        keep = ctx.needs_input_grad[0]
-        slope = torch.empty_like(hidden) if keep else None
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logprobs = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        logprobs = hidden.new_empty(len(hidden), dtype=wide)
+        # The same buffers for every chunk: fresh memory of this size is faulted in anew each time.
+        shape = (min(rows, len(hidden)), len(weight))
+        raw_buffer, wide_buffer = hidden.new_empty(shape), hidden.new_empty(shape, dtype=wide)
         for start in range(0, len(hidden), rows):
             part = slice(start, start + rows)
-            logits = transform(torch.nn.functional.linear(hidden[part], weight, bias).to(wide))
-            normalizer = torch.logsumexp(logits, dim=-1, keepdim=True)
             target = targets[part, None]
-            logprobs[part] = (logits.gather(1, target) - normalizer)[:, 0]
+            raw = torch.mm(hidden[part], weight.t(), out=raw_buffer[: len(target)])
+            logits = wide_buffer[: len(target)].copy_(raw)
+            logits = transform(logits if bias is None else logits.add_(bias))
+            derivative = transform.derivative(logits) if slope is not None else 1.0
+            logprobs[part], total = _log_softmax_at(logits, target)
             if slope is not None:
-                # one-hot(target) − softmax, in place of the logits, times what the transform adds.
-                derivative = transform.derivative(logits)
-                by_logits = logits.sub_(normalizer).exp_().neg_()
-                by_logits.scatter_add_(1, target, torch.ones_like(target, dtype=wide)).mul_(derivative)
-                slope[part] = by_logits.to(weight.dtype) @ weight
+                # one-hot(target) − softmax, in place of the exponentials, times what the transform adds.
+                by_logits = logits.div_(-total).scatter_add_(1, target, torch.ones_like(total))
+                if isinstance(derivative, Tensor) or derivative != 1.0:
+                    by_logits.mul_(derivative)
+                torch.mm(raw.copy_(by_logits), weight, out=slope[part])
         if slope is not None:
             ctx.save_for_backward(slope)
         return logprobs
@@ -125,6 +142,16 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (slope,) = ctx.saved_tensors
         return (slope * grads[0][:, None]).to(slope.dtype), None, None, None, None, None
+
+
+def _log_softmax_at(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-softmax at target int64 [S, 1] → [S], the sum of exponentials [S, 1]); logits [S, V] become
+    exp(logits − their maximum), in place.
+    """
+    highest = logits.amax(dim=-1, keepdim=True)
+    at_target = logits.gather(1, target) - highest
+    total = logits.sub_(highest).exp_().sum(dim=-1, keepdim=True)
+    return (at_target - total.log())[:, 0], total
 
 
 def _trainable_head(

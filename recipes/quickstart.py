@@ -17,7 +17,7 @@ recipe = Recipe(
     loss=DPO(beta=0.5),
     adapter=Adapter(rank=16, alpha=32),
     training=Training(
-        pairs_per_step=16, epochs=1, learning_rate=3e-4, eval_every=16, gradient_checkpointing=False
+        pairs_per_step=16, epochs=1, learning_rate=3e-4, eval_every=16, gradient_checkpointing="none"
     ),
     run_directory="runs/quickstart",
 )

@@ -18,11 +18,14 @@ from builders import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, GPT2Config, MistralConfig, Qwen2Config, Qwen3Config
 
+from lora_dpo import attention
 from lora_dpo.batching import collate, pack
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.losses import DPO
+from lora_dpo.model.offload import OffloadedActivations
 from lora_dpo.training.step import step_gradient
 
 SHAPES = [
@@ -163,7 +166,7 @@ def test_a_layout_must_be_given():
         model.causal(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
 
 
-def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False, softcap=0.0):
     """Variable-length attention by its definition: [T, H, d], causal from the bottom right, left window."""
     out = torch.empty_like(q)
     for n in range(len(cu_q) - 1):
@@ -176,30 +179,104 @@ def plain_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enabl
         distance = at - torch.arange(len(ks))[None]
         seen = (distance >= -window_size[1]) & ((window_size[0] < 0) | (distance <= window_size[0]))
         logits = torch.einsum("qhd,khd->hqk", qs, ks) * scale
+        if softcap:
+            logits = softcap * torch.tanh(logits / softcap)
         out[rows] = torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, -torch.inf).softmax(-1), vs)
     return out
 
 
-@pytest.mark.parametrize("window", [None, 1, 7])
-@pytest.mark.parametrize("grouped_call", [True, False], ids=["enable_gqa", "no enable_gqa"])
-def test_the_variable_length_call_gives_what_the_blocks_give(
-    monkeypatch: pytest.MonkeyPatch, window: int | None, grouped_call: bool
-):
-    """The CUDA path's arguments, with the call itself replaced by its definition; the kernel is not
-    tested.
-    """
-    from lora_dpo import attention
+def plain_flash_attn(q, k, v, *rest, causal, softmax_scale, window_size, softcap):
+    """The same as flash-attn names it; it takes grouped heads by itself."""
+    assert causal
+    options = {"scale": softmax_scale, "window_size": window_size, "softcap": softcap}
+    return plain_varlen(q, k, v, *rest, enable_gqa=True, **options)
 
-    names = frozenset({"scale", "window_size"} | ({"enable_gqa"} if grouped_call else set()))
-    monkeypatch.setattr(attention, "_varlen", lambda: (plain_varlen, names))
+
+@pytest.mark.parametrize("window", [None, 1, 7])
+@pytest.mark.parametrize(
+    "kernel", ["torch", "torch without enable_gqa", "flash-attn", "flash-attn softcapped"]
+)
+def test_the_variable_length_call_gives_what_the_blocks_give(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, kernel: str
+):
+    """The CUDA path's arguments, with the call itself replaced by its definition; no kernel is tested."""
+    names = frozenset({"scale", "window_size"} | ({"enable_gqa"} if kernel == "torch" else set()))
+    ours = (plain_varlen, names) if kernel.startswith("torch") else None
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: ours)
+    monkeypatch.setattr(attention, "_flash_attn", lambda: plain_flash_attn)
+    attend = attention.flash_call.__wrapped__("softcapped" in kernel)
+    assert attend is not None
+    softcap = 0.5 if "softcapped" in kernel else None
     layout = collate(examples(4), range(len(SHAPES))).layout
     generator = torch.Generator().manual_seed(0)
     tokens = len(layout.example)
     query = torch.randn(1, 4, tokens, 16, generator=generator, dtype=torch.float64)
     key, value = (torch.randn(1, 2, tokens, 16, generator=generator, dtype=torch.float64) for _ in range(2))
-    flash = attention._flash(query, key, value, layout, 0.3, window)
-    blocks, _ = attention.branch_attention(
-        torch.nn.Module(), query, key, value, None, scaling=0.3, branch_layout=layout, sliding_window=window
-    )
+    flash = attention._flash(attend, query, key, value, layout, 0.3, window, softcap)
+    options = {"scaling": 0.3, "branch_layout": layout, "sliding_window": window, "softcap": softcap}
+    blocks, _ = attention.branch_attention(torch.nn.Module(), query, key, value, None, **options)
     assert flash.shape == blocks.shape == (1, tokens, 4, 16)
     assert (flash - blocks).abs().max() < 1e-12
+
+
+def test_a_softcap_is_never_given_to_a_kernel_that_does_not_know_it(monkeypatch: pytest.MonkeyPatch):
+    """torch's call has no softcap and flash-attn before 2.6 neither: then there is no flash call."""
+    monkeypatch.setattr(attention, "_torch_varlen", lambda: (plain_varlen, frozenset()))
+    monkeypatch.setattr(attention, "_flash_attn", lambda: None)
+    assert attention.flash_call.__wrapped__(True) is None
+    assert attention.flash_call.__wrapped__(False) is not None
+
+
+def gradient_under(checkpointing: str, activations: OffloadedActivations | None = None) -> torch.Tensor:
+    """The adapters' gradient with this level; on the CPU offloading stays off unless its store is given."""
+    branches = examples(6)
+    model = float64_model(llama_config(num_hidden_layers=4))
+    if checkpointing != "none":
+        model.checkpoint_layers(offload=checkpointing == "offload")
+    if activations is not None:
+        model.saving = activations.saving
+    batch = collate(branches, range(len(branches)))
+    token_logprobs(model, batch).sum().backward()
+    return gradient(model)
+
+
+def test_every_checkpointing_level_gives_the_same_gradient_to_the_bit():
+    """Under offload each layer's input, and little else, waits on the host, and nothing stays there."""
+    activations = OffloadedActivations(None, smallest=1)
+    packed: list[tuple[int, ...]] = []
+    pack_one = activations._pack
+    activations._pack = lambda tensor: packed.append(tuple(tensor.shape)) or pack_one(tensor)
+    expected = gradient_under("none")
+    assert torch.equal(gradient_under("layers"), expected)
+    assert torch.equal(gradient_under("offload"), expected)
+    assert packed == []
+    assert torch.equal(gradient_under("offload", activations), expected)
+    inputs = (1, sum(item.tokens for item in examples(6)), 64)
+    assert packed.count(inputs) >= 4 and len(activations._kept) <= 8, "four layers' inputs and the last norm"
+    assert all(item is None for item in activations._kept)
+
+
+class Readings(TorchDispatchMode):
+    """Counts what makes the host wait for the device: values read back, and shapes that depend on values."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if name.startswith(self.WAITS):
+            self.seen.append(name)
+        return func(*args, **kwargs or {})
+
+
+def test_a_step_reads_nothing_back_from_the_device():
+    """Whatever the number of micro-batches: sums stay tensors until the step is done."""
+    model = float64_model(llama_config())
+    with Readings() as readings:
+        sums = step_gradient(model, DPO(), examples(7), count=7, tokens_per_microbatch=100, seed=0)
+        assert readings.seen == []
+        assert sums.loss.item() > 0
+    assert readings.seen == ["_local_scalar_dense"]

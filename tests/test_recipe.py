@@ -85,7 +85,7 @@ def test_yaml_and_script_and_overrides_give_the_same_recipe(tmp_path: Path):
     [
         ("training.pairs_per_step=64", 64),
         ("training.learning_rate=1e-4", 1e-4),
-        ("training.gradient_checkpointing=false", False),
+        ("base.fused_kernels=false", False),
         ("data.max_rows=null", None),
         ("data.train=[a.json, {path: b.json, weight: 0.5}]", ("a.json", Source("b.json", 0.5))),
         ("training.trackers=tensorboard,wandb", ("tensorboard", "wandb")),
@@ -116,7 +116,8 @@ def test_text_becomes_the_typed_value(text: str, value: object):
         ("training.learning_rate=nan", ["training.learning_rate", "nan"]),
         ("training.max_steps=1.5", ["training.max_steps", "whole number"]),
         ("training.pairs_per_step=0", ["training.pairs_per_step", "at least 1"]),
-        ("training.gradient_checkpointing=maybe", ["true or false"]),
+        ("base.fused_kernels=maybe", ["true or false"]),
+        ("training.gradient_checkpointing=true", ["none", "layers", "offload"]),
         ("base.quantization=nf5", ["base.quantization", "'nf5'", "nf4, fp4, int8, none", "Did you mean nf4"]),
         ("loss=DPQ", ["DPQ", "DPO, SFT", "Did you mean DPO"]),
         ("loss.beta=-1", ["loss.beta", "-1", "greater than 0"]),

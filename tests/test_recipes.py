@@ -67,7 +67,7 @@ def estimated_gib(recipe: Recipe) -> float:
     """The formula of recipes/README.md."""
     shape, training, adapter = SHAPES[recipe.base.model], recipe.training, recipe.adapter
     assert recipe.base.quantization == "nf4"
-    assert training.gradient_checkpointing
+    assert training.gradient_checkpointing != "none"
     tokens, layers, d, f = training.tokens_per_microbatch, shape.layers, shape.width, shape.hidden
     weights = 0.516 * layers * sum(i * o for i, o in shape.linears)
     embeddings = 2 * shape.vocabulary * d * (1 if shape.tied else 2)

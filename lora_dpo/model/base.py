@@ -20,6 +20,7 @@ from transformers.utils import logging as hf_logging
 
 from lora_dpo.attention import NAME as BRANCH_ATTENTION
 from lora_dpo.errors import ModelError
+from lora_dpo.model.fused import check_fused_kernels, fuse_kernels
 from lora_dpo.recipe import Base
 
 if not sys.stderr.isatty():
@@ -33,6 +34,8 @@ def load_base(base: Base) -> PreTrainedModel:
     Raises ModelError where it cannot be had.
     """
     device = pick_device(base)
+    if base.fused_kernels:
+        check_fused_kernels(device)
     dtype = pick_compute_dtype(base, device)
     config = load_config(base)
     without_noise(config)
@@ -49,6 +52,8 @@ def load_base(base: Base) -> PreTrainedModel:
         parameter.requires_grad_(False)
     network.train()
     never_repack(network)
+    if base.fused_kernels:
+        fuse_kernels(network)
     return network
 
 

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_dpo.attention import NAME as BRANCH_ATTENTION
 from lora_dpo.errors import ModelError
 from lora_dpo.model.base import load_base, load_tokenizer
+from lora_dpo.model.offload import OffloadedActivations
 from lora_dpo.recipe import Adapter, Base
 
 
@@ -28,11 +29,14 @@ class Model:
     """A causal language model with, or without, an adapter on it.
 
     network: what is called. tokenizer: its tokenizer. compute_dtype: what matrix products run in.
+    offloading: what
+    a forward pass saves for the backward pass waits in host memory.
     """
 
     network: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     compute_dtype: torch.dtype
+    offloading: bool = False
 
     @cached_property
     def causal(self) -> PreTrainedModel:
@@ -69,8 +73,22 @@ class Model:
             return torch.autocast(self.device.type, dtype=self.compute_dtype)
         return nullcontext()
 
-    def checkpoint_layers(self) -> None:
-        """Recompute each layer in the backward pass (non-reentrant: keyword arguments and RNG are kept)."""
+    @cached_property
+    def _copy_stream(self) -> torch.cuda.Stream | None:
+        return torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def saving(self) -> AbstractContextManager:
+        """Around the backbone's forward pass: where what it saves for the backward pass is kept."""
+        if self.offloading and torch.is_grad_enabled():
+            return OffloadedActivations(self._copy_stream).saving()
+        return nullcontext()
+
+    def checkpoint_layers(self, *, offload: bool = False) -> None:
+        """Recompute each layer in the backward pass (non-reentrant: keyword arguments and RNG are kept).
+
+        offload: keep the layers' inputs in pinned host memory until then; on the CPU that would save nothing.
+        """
+        self.offloading = offload and self.device.type == "cuda"
         options = {"use_reentrant": False}
         # transformers 5.2x renamed it.
         enable = getattr(self.causal, "activation_checkpointing_enable", None)

@@ -52,6 +52,7 @@ class Base(Section):
     compute_dtype: what matrix products run in; "auto" is bfloat16 where the device has it, else float16.
     device: "auto" takes CUDA where there is one, else the CPU.
     trust_remote_code: run Python code that comes with the model. Leave it off unless you have read that code.
+    fused_kernels: Liger's RMSNorm, SwiGLU and RoPE in place of the model's own (CUDA, and the extra "liger").
     """
 
     section: ClassVar[str] = "base"
@@ -62,6 +63,7 @@ class Base(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: Literal["auto", "cuda", "cpu"] = "auto"
     trust_remote_code: bool = False
+    fused_kernels: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,10 @@ class Training(Section):
     pairs_per_step: pairs of one optimizer step. tokens_per_microbatch: packed tokens in memory at a time; it
     changes memory and speed, never the gradient. epochs: passes over the pairs; max_steps ends sooner.
     warmup: share of the steps over which the learning rate rises. max_grad_norm: 0 does not clip.
-    gradient_checkpointing: recompute each layer in the backward pass, for memory.
+    gradient_checkpointing: "layers" recomputes each layer in the backward pass, for memory; "offload" also
+    keeps the
+    layers' inputs in main memory meanwhile (CUDA; for the longest examples); "none" is fastest, where it
+    fits.
     eval_every, save_every: steps between evaluations and checkpoints; 0 is at the end only. What a crash
     costs is the steps since the last checkpoint.
     keep_checkpoints: how many of the newest stay on disk, besides the best one.
@@ -169,7 +174,7 @@ class Training(Section):
     adam_epsilon: Positive = 1e-8
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: Literal["none", "layers", "offload"] = "layers"
     seed: Annotated[int, AtLeast(0, high=2**63 - 1)] = 0
     eval_every: CountOrZero = 0
     save_every: CountOrZero = 100

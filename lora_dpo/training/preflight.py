@@ -56,7 +56,7 @@ def preflight(
     except torch.OutOfMemoryError as error:
         raise PreflightError(
             f"the longest example ({longest.tokens} tokens, {longest.where}) does not fit in memory: lower"
-            " data.max_tokens, or set training.gradient_checkpointing=true"
+            " data.max_tokens, or set training.gradient_checkpointing=offload"
         ) from error
     finally:
         model.network.zero_grad(set_to_none=True)

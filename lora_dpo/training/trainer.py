@@ -69,8 +69,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             model.device.type, enabled=model.compute_dtype == torch.float16
         )
-        if self.training.gradient_checkpointing:
-            model.checkpoint_layers()
+        if self.training.gradient_checkpointing != "none":
+            model.checkpoint_layers(offload=self.training.gradient_checkpointing == "offload")
         if len(data.train) < self.training.pairs_per_step:
             display.say(
                 f"note: {len(data.train)} training examples are fewer than training.pairs_per_step"

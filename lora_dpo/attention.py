@@ -17,7 +17,7 @@ only inside the call.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -61,9 +61,12 @@ def branch_attention(
         if attend is not None:
             return _flash(attend, query, key, value, branch_layout, scale, sliding_window, softcap), None
     window = sliding_window if sliding_window is not None and sliding_window < query.shape[2] else None
-    outputs = []
-    for block in branch_layout.blocks:
-        q, k, v = _of_block(block, query, key, value)
+    blocks, outputs = branch_layout.blocks, []
+    sizes = [block.stop - block.start for block in blocks]
+    # Blocks follow one another: backward joins parts, where from slices it would add up whole tensors.
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    for n, block in enumerate(blocks):
+        q, k, v = queries[n], _with_prefix(block, n, keys), _with_prefix(block, n, values)
         if special:
             mask = branch_layout.mask(block, window)
             outputs.append(_explicit(q, k, v, mask, scale, softcap, s_aux))
@@ -71,14 +74,15 @@ def branch_attention(
             outputs.append(_sdpa(q, k, v, None, scale))
         else:
             outputs.append(_sdpa(q, k, v, branch_layout.mask(block, window), scale))
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
 
 
-def _of_block(block: Block, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    spans = [slice(*span) for span in block.key_spans]
-    k = key[:, :, spans[0]] if len(spans) == 1 else torch.cat([key[:, :, s] for s in spans], dim=2)
-    v = value[:, :, spans[0]] if len(spans) == 1 else torch.cat([value[:, :, s] for s in spans], dim=2)
-    return query[:, :, block.start : block.stop], k, v
+def _with_prefix(block: Block, n: int, parts: Sequence[Tensor]) -> Tensor:
+    """The keys or values of the n-th block, from those of every block by itself."""
+    if not block.back:
+        return parts[n]
+    start, stop = block.key_spans[0]
+    return torch.cat([parts[n - block.back][:, :, : stop - start], parts[n]], dim=2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

@@ -28,12 +28,15 @@ MERGED_TOKENS = 192
 class Block:
     """One attention call: queries [start, stop) over the keys of `key_spans`; causal if positions say it
     all.
+
+    back: the keys of two spans begin with a prefix that leads the block so many before this one.
     """
 
     start: int
     stop: int
     key_spans: tuple[tuple[int, int], ...]
     causal: bool
+    back: int = 0
 
 
 class BranchLayout:
@@ -131,7 +134,7 @@ def _branch_blocks(start: int, prefix: int, *rests: int) -> list[Block]:
         own = (end, end + rest)
         spans = ((start, start + prefix), own) if prefix else (own,)
         if rest:
-            blocks.append(Block(*own, spans, causal=prefix == 0))
+            blocks.append(Block(*own, spans, causal=prefix == 0, back=len(blocks) if prefix else 0))
         end += rest
     return blocks
 

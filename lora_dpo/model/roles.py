@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_dpo.attention import NAME as BRANCH_ATTENTION
 from lora_dpo.errors import ModelError
 from lora_dpo.model.base import load_base, load_tokenizer
+from lora_dpo.model.low_rank import add_in_place
 from lora_dpo.model.offload import OffloadedActivations
 from lora_dpo.recipe import Adapter, Base
 
@@ -161,6 +162,7 @@ def with_adapter(network: PeftModel, model: Model) -> Model:
     for layer in adapted.adapter_layers:
         # Autocast makes the products' inputs; peft would keep a float32 copy of each for the backward pass.
         layer.cast_input_dtype_enabled = model.compute_dtype not in (torch.bfloat16, torch.float16)
+    add_in_place(adapted.adapter_layers)
     return adapted
 
 

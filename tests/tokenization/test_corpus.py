@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from builders import small_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import lora_dpo
 from lora_dpo.errors import DataError, UserError
 from lora_dpo.preferences import Demonstration, Preference, Where
 from lora_dpo.tokenization import ChatTokenizer, Tokenized, cache, corpus, portable, tokenize
@@ -162,14 +164,13 @@ def test_a_worker_that_cannot_start_leaves_the_work_here(monkeypatch: pytest.Mon
 
 # Without `if __name__ == "__main__"`, as scripts and notebooks are.
 SCRIPT = """
-import sys, threading, time
-sys.path[:0] = {paths!r}
-from test_corpus import chat_tokenizer, record
+import json, threading, time
 from lora_dpo.cli import friendly_errors
-from lora_dpo.tokenization import corpus, helpers, tokenize
+from lora_dpo.preferences import Preference, Where
+from lora_dpo.tokenization import corpus, helpers, portable, tokenize
 print("began", flush=True)
 corpus.MEASURE_SECONDS = corpus.WORTH_SECONDS = 0.0
-tokenizer, here, helped = chat_tokenizer(), [], threading.Event()
+tokenizer, here, helped = portable.tokenizer_from(json.loads({settings!r})), [], threading.Event()
 branches, outcomes = tokenizer.branches, helpers.Helper.outcomes
 def slow(record):
     here.append(record)
@@ -184,29 +185,24 @@ def there(*arguments):
     return outcomes(*arguments)
 tokenizer.branches, helpers.Helper.outcomes = slow, there
 with friendly_errors():
-    done = tokenize([record("the cat", "b", "c", row=n) for n in range({count})], tokenizer, workers=2)
+    records = [Preference("the cat", "b", "c", Where("a", n)) for n in range({count})]
+    done = tokenize(records, tokenizer, workers=2)
     print(len(done.branches), len(here) < {count}, flush=True)
 """
 
 
 def script(tmp_path: Path, seconds: float, count: int) -> subprocess.Popen[str]:
     file = tmp_path / "plain_script.py"
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    file.write_text(SCRIPT.format(paths=paths, seconds=seconds, count=count))
+    settings = json.dumps(chat_tokenizer().settings())
+    file.write_text(SCRIPT.format(settings=settings, seconds=seconds, count=count))
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, str(file)], start_new_session=True, **pipes)
-
-
-def lines(job: subprocess.Popen[str]) -> Iterator[str]:
-    """What a script prints; the tokenizer's trainer prints empty lines."""
-    assert job.stdout is not None
-    return (line.strip() for line in job.stdout if line.strip())
+    place = os.environ | {"PYTHONPATH": str(Path(lora_dpo.__file__).parents[1])}
+    return subprocess.Popen([sys.executable, str(file)], env=place, start_new_session=True, **pipes)
 
 
 def test_a_script_without_a_main_guard_shares_a_long_job_and_runs_once(tmp_path: Path):
     with script(tmp_path, 0.0, 3000) as job:
-        assert list(lines(job)) == ["began", "helped", "3000 True"]
-        assert job.communicate(timeout=60)[1] == ""
+        assert job.communicate(timeout=60) == ("began\nhelped\n3000 True\n", "")
         assert job.returncode == 0
 
 
@@ -217,8 +213,8 @@ def test_an_interrupted_job_ends_at_once_and_leaves_no_process(
     tmp_path: Path, number: signal.Signals, code: int, says: str
 ):
     with script(tmp_path, 0.1, 100_000) as job:
-        printed = lines(job)
-        assert [next(printed), next(printed)] == ["began", "helped"]
+        assert job.stdout is not None
+        assert [job.stdout.readline() for _ in range(2)] == ["began\n", "helped\n"]
         (worker,) = psutil.Process(job.pid).children()
         os.killpg(job.pid, number)  # what a terminal does
         assert job.communicate(timeout=10)[1] == says

@@ -17,6 +17,7 @@ from lora_dpo.errors import DataError, RecipeError, RunError
 from lora_dpo.finished import open_finished
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training, load_recipe, override
 from lora_dpo.run_directory import RunDirectory, damage
+from lora_dpo.tokenization import ChatTokenizer
 from lora_dpo.training import Record, Stopped, train
 from lora_dpo.training.optimizer import learning_rate
 
@@ -116,6 +117,21 @@ def test_a_signal_ends_the_run_with_a_checkpoint_that_goes_on(
     assert stopped.value.code == 128 + number
     assert signal.getsignal(number) is before
     assert same(adapter_of(whole), adapter_of(train(recipe, resume=True, quiet=True)))
+
+
+def test_a_resumed_run_and_its_evaluation_tokenize_nothing(
+    recipe: Recipe, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("LORA_DPO_CACHE", str(Path(recipe.run_directory).parent / "cache"))
+    tokenized, branches = [], ChatTokenizer.branches
+    monkeypatch.setattr(ChatTokenizer, "branches", lambda *given: (tokenized.append(1), branches(*given))[1])
+    train(recipe)
+    assert len(tokenized) == 40
+    assert "the cache" not in capsys.readouterr().out
+    train(override(recipe, ["data.workers=1"]), resume=True)
+    assert "tokens (tokenized before: read from the cache)\n" in capsys.readouterr().out
+    open_finished(Path(recipe.run_directory))
+    assert len(tokenized) == 40
 
 
 def test_a_damaged_checkpoint_is_passed_over(recipe: Recipe, capsys: pytest.CaptureFixture[str]):

@@ -114,6 +114,8 @@ class Data(Section):
     chat_template: a Jinja template, or the path of a file that holds one, instead of the tokenizer's own.
     max_tokens: longest side, prompt and response. max_prompt_tokens: longest prompt; its end is kept.
     on_bad_row: "stop" at the first row that cannot be used, or "skip" and count by reason.
+    workers: how many processes tokenize, this one included; 0 or 1 is this one alone. By default others join,
+    one for each CPU, when more than some seconds of work are left.
     """
 
     section: ClassVar[str] = "data"
@@ -128,6 +130,7 @@ class Data(Section):
     max_tokens: Annotated[int, AtLeast(8)] = 1024
     max_prompt_tokens: Count | None = None
     on_bad_row: Literal["stop", "skip"] = "stop"
+    workers: CountOrZero | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,6 +26,8 @@ from lora_dpo.tokenization.turns import Turn, assistant_turns
 
 _PROBE = ({"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."})
 
+_RENDERING = ("apply_chat_template", "get_chat_template")
+
 
 class ChatTokenizer:
     """A tokenizer, a chat template and the limits on length.
@@ -56,6 +58,24 @@ class ChatTokenizer:
         """The template's text, as an export should carry it; None if there is none."""
         own = self._tokenizer.chat_template
         return self._template.text or (own if isinstance(own, str) else None)
+
+    def settings(self) -> dict[str, Any] | None:
+        """Everything that decides what becomes of a record, as JSON; `portable` makes a copy from it.
+
+        None for a tokenizer whose class has its own way of applying templates.
+        """
+        own = type(self._tokenizer)
+        if any(getattr(own, name) is not getattr(PreTrainedTokenizerBase, name) for name in _RENDERING):
+            return None
+        return {
+            "backend": self._encoder.backend_json(),
+            "lead": list(self._encoder.lead),
+            "special": dict(self._tokenizer.special_tokens_map),
+            "ids": [getattr(self._tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk")],
+            "template": self._template.text or self._tokenizer.chat_template,
+            "max_tokens": self._limits.tokens,
+            "max_prompt_tokens": self._limits.prompt,
+        }
 
     @cached_property
     def end_of_turn_ids(self) -> tuple[int, ...]:

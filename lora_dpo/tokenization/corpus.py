@@ -2,63 +2,99 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 from lora_dpo.errors import DataError
-from lora_dpo.preferences import Demonstration, Preference, Where
-from lora_dpo.tokenization.branches import Branches
+from lora_dpo.tokenization.bench import Bench, Record
+from lora_dpo.tokenization.cache import TokenCache
 from lora_dpo.tokenization.chat import ChatTokenizer
-from lora_dpo.tokenization.truncation import Dropped
+from lora_dpo.tokenization.helpers import can_start, helping, usable_processes
+from lora_dpo.tokenization.outcomes import Tokenized, outcome
+from lora_dpo.tokenization.portable import corpus_key
 
-REFUSED = "the chat template refuses the conversation"
-
-
-@dataclass(frozen=True)
-class Tokenized:
-    """branches: in the records' order. dropped: reason → how many. first_dropped: reason → its first row."""
-
-    branches: list[Branches]
-    dropped: Counter[str]
-    first_dropped: dict[str, Where]
-
-    def describe_dropped(self) -> str:
-        """One line a reason, empty if nothing was dropped."""
-        return "\n".join(
-            f"{count} dropped: {reason} (first: {self.first_dropped[reason]})"
-            for reason, count in self.dropped.most_common()
-        )
+MEASURE_SECONDS = 1.0
+"""How long the rate is measured before a decision about worker processes."""
+WORTH_SECONDS = 10.0
+"""Workers are started if this process alone would take longer than this for the rest. A worker takes some
+three seconds of a CPU until its first record: on two CPUs, ten seconds become seven."""
+CHUNK_SECONDS = 0.25
+_FIRST_CHUNK = 16
+_LARGEST_CHUNK = 512
 
 
 def tokenize(
-    records: Iterable[Preference | Demonstration],
+    records: Iterable[Record],
     tokenizer: ChatTokenizer,
     progress: Callable[[int], None] | None = None,
     *,
     skip_refused: bool = False,
+    workers: int | None = 1,
+    cache: Path | None = None,
 ) -> Tokenized:
-    """Tokenize every record; `progress` hears of each one that is done.
+    """Tokenize every record; `progress` hears how many more are done.
 
+    workers: how many processes may share a long job, this one included; None takes one for each CPU. cache:
+    a folder; what was tokenized before is read from there, and what is new is kept there.
     Raises DataError if none is left, or (unless `skip_refused`, which counts it as dropped) the template
-    refuses
-    one; ModelError if the tokenizer is of no use.
+    refuses one; ModelError if the tokenizer is of no use. Neither depends on `workers` or `cache`; but a
+    worker that is killed from outside is a DataError too.
     """
-    tokenized = Tokenized([], Counter(), {})
-    for record in records:
-        try:
-            tokenized.branches.append(tokenizer.branches(record))
-        except Dropped as dropped:
-            tokenized.dropped[dropped.reason] += 1
-            tokenized.first_dropped.setdefault(dropped.reason, dropped.where)
-        except DataError as error:
-            if not skip_refused:
-                raise DataError(f"{error} (data.on_bad_row=skip skips such rows and counts them)") from error
-            tokenized.dropped[REFUSED] += 1
-            tokenized.first_dropped.setdefault(REFUSED, record.where)
-        if progress is not None:
-            progress(1)
+    records = list(records)
+    key = corpus_key(records, tokenizer, skip_refused) if cache is not None else None
+    if cache is None or key is None:
+        return _tokenize(records, tokenizer, progress, skip_refused, workers)
+    store = TokenCache(cache)
+    tokenized = store.read(key)
+    if tokenized is None:
+        with store.alone(key):
+            tokenized = store.read(key)  # another process may just have done it
+            if tokenized is None:
+                done = _tokenize(records, tokenizer, progress, skip_refused, workers)
+                store.write(key, done)
+                return done
+    if progress is not None:
+        progress(len(records))
+    return tokenized
+
+
+def _tokenize(
+    records: Sequence[Record],
+    tokenizer: ChatTokenizer,
+    progress: Callable[[int], None] | None,
+    skip_refused: bool,
+    workers: int | None,
+) -> Tokenized:
+    bench = Bench(records, _FIRST_CHUNK, progress)
+    others = (usable_processes() if workers is None else workers) - 1
+    began = time.monotonic()
+    with ExitStack() as stack:
+        while places := bench.next_here():
+            work(bench, places, tokenizer, skip_refused)
+            seconds = time.monotonic() - began
+            if others > 0 and seconds >= MEASURE_SECONDS:
+                rate = (len(records) - bench.left) / seconds
+                bench.chunk = max(1, min(_LARGEST_CHUNK, round(rate * CHUNK_SECONDS)))
+                if bench.left / rate > WORTH_SECONDS and can_start():
+                    stack.enter_context(helping(bench, tokenizer, skip_refused, others))
+                others = 0  # decided, either way
+    return _not_empty(bench.result())
+
+
+def _not_empty(tokenized: Tokenized) -> Tokenized:
     if not tokenized.branches:
         reasons = tokenized.describe_dropped() or "there are no rows"
         raise DataError(f"no row is left after tokenization: {reasons}; data.max_tokens may be too small")
     return tokenized
+
+
+def work(bench: Bench, places: range, tokenizer: ChatTokenizer, skip_refused: bool) -> None:
+    """Do these records of the bench in this process. The first that raises ends it."""
+    for place in places:
+        try:
+            bench.done_here(place, outcome(bench.records[place], tokenizer, skip_refused))
+        except Exception as error:
+            bench.failed(place, error)
+            return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -15,10 +16,13 @@ from lora_dpo.preferences import (
     load_preferences,
 )
 from lora_dpo.recipe import Data
-from lora_dpo.tokenization import Branches, ChatTokenizer, tokenize
+from lora_dpo.run_directory import cache_folder
+from lora_dpo.tokenization import Branches, ChatTokenizer, Tokenized, tokenize
 from lora_dpo.training.progress import Display
 
 Records = list[Preference] | list[Demonstration]
+TOKENIZED = "tokenized"
+"""The folder for tokenized records in the cache folder."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,13 @@ def prepare_data(
     """Load, split and tokenize. Raises DataError naming file and row."""
     chat = chat_tokenizer(tokenizer, data)
     train_records, held_out_records = _load(data, objective, seed, display)
-    skip = data.on_bad_row == "skip"
-    train = _tokenize(train_records, chat, "tokenizing", display, skip)
-    held_out = _tokenize(held_out_records, chat, "tokenizing held-out rows", display, skip)
-    tokens = sum(item.tokens for item in train)
-    display.say(f"data: {len(train):,} training and {len(held_out):,} held-out examples, {tokens:,} tokens")
-    return TrainingData(train, held_out, chat)
+    train = _tokenize(train_records, chat, "tokenizing", display, data)
+    held_out = _tokenize(held_out_records, chat, "tokenizing held-out rows", display, data)
+    tokens = sum(item.tokens for item in train.branches)
+    counts = f"{len(train.branches):,} training and {len(held_out.branches):,} held-out examples"
+    known = " (tokenized before: read from the cache)" if train.cached and held_out.cached else ""
+    display.say(f"data: {counts}, {tokens:,} tokens{known}")
+    return TrainingData(train.branches, held_out.branches, chat)
 
 
 def prepare_held_out(
@@ -80,8 +85,8 @@ def prepare_held_out(
             data, train=source, eval=(), eval_fraction=0.0, eval_last=0, max_rows=data.max_eval_rows
         )
         records = _load(alone, objective, seed, display)[0]
-    branches = _tokenize(records, chat, "tokenizing held-out rows", display, data.on_bad_row == "skip")
-    return HeldOut(records, branches, chat)
+    done = _tokenize(records, chat, "tokenizing held-out rows", display, data)
+    return HeldOut(records, done.branches, chat)
 
 
 def _load(data: Data, objective: Objective, seed: int, display: Display) -> tuple[Records, Records]:
@@ -94,13 +99,18 @@ def _load(data: Data, objective: Objective, seed: int, display: Display) -> tupl
     return loaded.train, loaded.eval
 
 
-def _tokenize(
-    records: Records, chat: ChatTokenizer, what: str, display: Display, skip: bool
-) -> list[Branches]:
+def _tokenize(records: Records, chat: ChatTokenizer, what: str, display: Display, data: Data) -> Tokenized:
     if not records:
-        return []
+        return Tokenized([], Counter(), {}, cached=True)
     with display.counting(what, len(records)) as advance:
-        done = tokenize(records, chat, progress=advance, skip_refused=skip)
+        done = tokenize(
+            records,
+            chat,
+            progress=advance,
+            skip_refused=data.on_bad_row == "skip",
+            workers=data.workers,
+            cache=cache_folder() / TOKENIZED,
+        )
     if done.dropped:
         display.say(done.describe_dropped())
-    return done.branches
+    return done

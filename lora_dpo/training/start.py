@@ -121,6 +121,7 @@ def check_positions(recipe: Recipe, data: TrainingData) -> None:
 
 MAY_CHANGE = {
     "run_directory",
+    "data.workers",
     "training.tokens_per_microbatch",
     "training.save_every",
     "training.keep_checkpoints",

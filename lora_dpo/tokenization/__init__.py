@@ -4,7 +4,8 @@ The way of a record: `control` marks its content, `rendering` puts it through th
 finds the scored turns in the text, `encoding` makes tokens, `truncation` cuts them to length, `branches`
 shares what the sides have in common in front. `chat` puts them together for one record, `corpus` for all.
 
-For many records: `outcomes` is what becomes of them, `bench` deals them out, `helpers` are processes that run
+For many records: `outcomes` is what becomes of them, `work_queue` deals them out, `processes` are workers
+that run
 `worker`, `cache` keeps what is done; `flat` and `portable` are the forms in which results and tasks travel.
 """
 

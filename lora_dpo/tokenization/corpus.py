@@ -8,12 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from lora_dpo.errors import DataError
-from lora_dpo.tokenization.bench import Bench, Record
 from lora_dpo.tokenization.cache import TokenCache
 from lora_dpo.tokenization.chat import ChatTokenizer
-from lora_dpo.tokenization.helpers import can_start, helping, usable_processes
 from lora_dpo.tokenization.outcomes import Tokenized, outcome
 from lora_dpo.tokenization.portable import corpus_key
+from lora_dpo.tokenization.processes import can_start, usable_processes, working
+from lora_dpo.tokenization.work_queue import Record, WorkQueue
 
 MEASURE_SECONDS = 1.0
 """How long the rate is measured before a decision about worker processes."""
@@ -67,20 +67,20 @@ def _tokenize(
     skip_refused: bool,
     workers: int | None,
 ) -> Tokenized:
-    bench = Bench(records, _FIRST_CHUNK, progress)
+    queue = WorkQueue(records, _FIRST_CHUNK, progress)
     others = (usable_processes() if workers is None else workers) - 1
     began = time.monotonic()
     with ExitStack() as stack:
-        while places := bench.next_here():
-            work(bench, places, tokenizer, skip_refused)
+        while places := queue.next_here():
+            work(queue, places, tokenizer, skip_refused)
             seconds = time.monotonic() - began
             if others > 0 and seconds >= MEASURE_SECONDS:
-                rate = (len(records) - bench.left) / seconds
-                bench.chunk = max(1, min(_LARGEST_CHUNK, round(rate * CHUNK_SECONDS)))
-                if bench.left / rate > WORTH_SECONDS and can_start():
-                    stack.enter_context(helping(bench, tokenizer, skip_refused, others))
+                rate = (len(records) - queue.left) / seconds
+                queue.chunk = max(1, min(_LARGEST_CHUNK, round(rate * CHUNK_SECONDS)))
+                if queue.left / rate > WORTH_SECONDS and can_start():
+                    stack.enter_context(working(queue, tokenizer, skip_refused, others))
                 others = 0  # decided, either way
-    return _not_empty(bench.result())
+    return _not_empty(queue.result())
 
 
 def _not_empty(tokenized: Tokenized) -> Tokenized:
@@ -90,11 +90,11 @@ def _not_empty(tokenized: Tokenized) -> Tokenized:
     return tokenized
 
 
-def work(bench: Bench, places: range, tokenizer: ChatTokenizer, skip_refused: bool) -> None:
-    """Do these records of the bench in this process. The first that raises ends it."""
+def work(queue: WorkQueue, places: range, tokenizer: ChatTokenizer, skip_refused: bool) -> None:
+    """Do these records of the queue in this process. The first that raises ends it."""
     for place in places:
         try:
-            bench.done_here(place, outcome(bench.records[place], tokenizer, skip_refused))
+            queue.done_here(place, outcome(queue.records[place], tokenizer, skip_refused))
         except Exception as error:
-            bench.failed(place, error)
+            queue.failed(place, error)
             return

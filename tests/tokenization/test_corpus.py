@@ -27,9 +27,9 @@ import lora_dpo
 from lora_dpo.errors import DataError, UserError
 from lora_dpo.preferences import Demonstration, Preference, Where
 from lora_dpo.tokenization import ChatTokenizer, Tokenized, cache, corpus, portable, tokenize
-from lora_dpo.tokenization.bench import Bench, Record
 from lora_dpo.tokenization.flat import pack, unpack
-from lora_dpo.tokenization.helpers import Helper, helping, serve
+from lora_dpo.tokenization.processes import WorkerProcess, serve, working
+from lora_dpo.tokenization.work_queue import Record, WorkQueue
 
 TEMPLATE = """{%- for m in messages %}
 {%- if 'REFUSE' in m.content %}{{ raise_exception('not ' + m.content) }}{% endif %}
@@ -86,39 +86,39 @@ RECORDS = st.lists(
 
 
 @pytest.fixture(scope="module")
-def helpers():
+def workers():
     """Two workers that live for all tests here: starting one takes seconds."""
-    living = [Helper(), Helper()]
+    living = [WorkerProcess(), WorkerProcess()]
     yield living
-    for helper in living:
-        helper.stop()
-        helper.close()
+    for worker in living:
+        worker.stop()
+        worker.close()
 
 
 def shared_out(
-    records: list[Record], tokenizer: ChatTokenizer, skip: bool, helpers: list[Helper]
+    records: list[Record], tokenizer: ChatTokenizer, skip: bool, workers: list[WorkerProcess]
 ) -> Tokenized:
     """`tokenize` by workers alone, as far as they can: this process does what comes back to it."""
-    bench = Bench(records, 2, None)
-    threads = [threading.Thread(target=serve, args=(helper, bench, tokenizer, skip)) for helper in helpers]
+    queue = WorkQueue(records, 2, None)
+    threads = [threading.Thread(target=serve, args=(worker, queue, tokenizer, skip)) for worker in workers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert bench.left == 0, "the workers did nothing"
-    while places := bench.next_here():
-        corpus.work(bench, places, tokenizer, skip)
-    return corpus._not_empty(bench.result())
+    assert queue.left == 0, "the workers did nothing"
+    while places := queue.next_here():
+        corpus.work(queue, places, tokenizer, skip)
+    return corpus._not_empty(queue.result())
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(records=RECORDS, skip=st.booleans())
 def test_workers_give_what_one_process_gives_and_raise_what_it_raises(
-    helpers: list[Helper], records: list[Record], skip: bool
+    workers: list[WorkerProcess], records: list[Record], skip: bool
 ):
     tokenizer = chat_tokenizer()
     alone = attempt(lambda: tokenize(records, tokenizer, skip_refused=skip))
-    assert attempt(lambda: shared_out(records, tokenizer, skip, helpers)) == alone
+    assert attempt(lambda: shared_out(records, tokenizer, skip, workers)) == alone
 
 
 @pytest.mark.parametrize("workers", [0, 1, None])
@@ -127,30 +127,31 @@ def test_a_short_job_and_one_process_start_no_other(workers: int | None):
         tokenize([record("a", "b", "c")] * 40, chat_tokenizer(), workers=workers)
 
 
-def test_a_tokenizer_that_a_worker_would_read_otherwise_stays_in_this_process(helpers: list[Helper]):
+def test_a_tokenizer_that_a_worker_would_read_otherwise_stays_in_this_process(workers: list[WorkerProcess]):
     tokenizer = chat_tokenizer()
-    assert helpers[0].prepare(tokenizer, False)
-    with mock.patch("lora_dpo.tokenization.helpers.settings_digest", return_value="another"):
-        assert not helpers[0].prepare(tokenizer, False)
+    assert workers[0].prepare(tokenizer, False)
+    with mock.patch("lora_dpo.tokenization.processes.settings_digest", return_value="another"):
+        assert not workers[0].prepare(tokenizer, False)
     own = small_tokenizer()
     own.__class__ = type("Own", (type(own),), {"apply_chat_template": lambda *_, **__: "x<|im_end|>"})
     assert ChatTokenizer(own, None, LIMIT).settings() is None
 
 
 def test_a_worker_that_is_killed_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch):
-    bench = Bench([record("a", "b", "c", row=n) for n in range(30)], 10, None)
-    monkeypatch.setattr(Helper, "prepare", lambda *_: True)  # dies at its first records, before any answer
-    with helping(bench, chat_tokenizer(), False, 1):
+    queue = WorkQueue([record("a", "b", "c", row=n) for n in range(30)], 10, None)
+    # It dies at its first records, before any answer.
+    monkeypatch.setattr(WorkerProcess, "prepare", lambda *_: True)
+    with working(queue, chat_tokenizer(), False, 1):
         child = max(psutil.Process().children(), key=lambda process: process.create_time())
-        while bench.left == 30:
+        while queue.left == 30:
             time.sleep(0.01)
         child.kill()
-        while places := bench.next_here():
-            corpus.work(bench, places, chat_tokenizer(), False)
+        while places := queue.next_here():
+            corpus.work(queue, places, chat_tokenizer(), False)
     with pytest.raises(
         DataError, match=r"ended by SIGKILL; the system may have run out of memory\. data.workers=1"
     ):
-        bench.result()
+        queue.result()
 
 
 def test_a_worker_that_cannot_start_leaves_the_work_here(monkeypatch: pytest.MonkeyPatch):
@@ -167,11 +168,11 @@ SCRIPT = """
 import json, threading, time
 from lora_dpo.cli import friendly_errors
 from lora_dpo.preferences import Preference, Where
-from lora_dpo.tokenization import corpus, helpers, portable, tokenize
+from lora_dpo.tokenization import corpus, processes, portable, tokenize
 print("began", flush=True)
 corpus.MEASURE_SECONDS = corpus.WORTH_SECONDS = 0.0
 tokenizer, here, helped = portable.tokenizer_from(json.loads({settings!r})), [], threading.Event()
-branches, outcomes = tokenizer.branches, helpers.Helper.outcomes
+branches, outcomes = tokenizer.branches, processes.WorkerProcess.outcomes
 def slow(record):
     here.append(record)
     if len(here) > 50:
@@ -183,7 +184,7 @@ def there(*arguments):
         print("helped", flush=True)
         helped.set()
     return outcomes(*arguments)
-tokenizer.branches, helpers.Helper.outcomes = slow, there
+tokenizer.branches, processes.WorkerProcess.outcomes = slow, there
 with friendly_errors():
     records = [Preference("the cat", "b", "c", Where("a", n)) for n in range({count})]
     done = tokenize(records, tokenizer, workers=2)

@@ -1,4 +1,4 @@
-"""The records on the bench: which chunk is whose to do, what became of each, which error comes first.
+"""The records on the queue: which chunk is whose to do, what became of each, which error comes first.
 
 Chunks are handed out in the records' order, so when one fails every earlier one is in somebody's hands: the
 error that is raised is the one that a single process would have met.
@@ -16,7 +16,7 @@ from lora_dpo.tokenization.outcomes import Outcome, Tokenized
 Record = Preference | Demonstration
 
 
-class Bench:
+class WorkQueue:
     """Shared by the process's own loop (`next_here`) and the threads that serve workers (`next_there`).
 
     chunk: how many records are handed out at a time. progress hears of what is done, in the thread that calls

@@ -18,11 +18,11 @@ from collections.abc import Iterator, Sequence
 from typing import IO
 
 from lora_dpo.errors import DataError
-from lora_dpo.tokenization.bench import Bench, Record
 from lora_dpo.tokenization.chat import ChatTokenizer
 from lora_dpo.tokenization.flat import unpack
 from lora_dpo.tokenization.outcomes import Outcome
 from lora_dpo.tokenization.portable import record_text, settings_digest
+from lora_dpo.tokenization.work_queue import Record, WorkQueue
 from lora_dpo.tokenization.worker import read_frame, write_frame
 
 MOST_PROCESSES = 8
@@ -53,7 +53,7 @@ def can_start() -> bool:
     return bool(sys.executable) and not getattr(sys, "frozen", False)
 
 
-class Helper:
+class WorkerProcess:
     """One worker process. `stop` it."""
 
     def __init__(self) -> None:
@@ -124,39 +124,39 @@ class Helper:
 
 
 @contextlib.contextmanager
-def helping(bench: Bench, tokenizer: ChatTokenizer, skip_refused: bool, count: int) -> Iterator[None]:
-    """`count` workers take from the bench for the while. However it ends, none of them lives on.
+def working(queue: WorkQueue, tokenizer: ChatTokenizer, skip_refused: bool, count: int) -> Iterator[None]:
+    """`count` workers take from the queue for the while. However it ends, none of them lives on.
 
     One that can't start, or doesn't come to the same tokenizer, takes nothing.
     """
-    helpers: list[Helper] = []
+    workers: list[WorkerProcess] = []
     threads: list[threading.Thread] = []
     try:
         with contextlib.suppress(OSError):
             for _ in range(count):
-                helpers.append(Helper())
-        for helper in helpers:
-            arguments = (helper, bench, tokenizer, skip_refused)
+                workers.append(WorkerProcess())
+        for worker in workers:
+            arguments = (worker, queue, tokenizer, skip_refused)
             threads.append(threading.Thread(target=serve, args=arguments, daemon=True))
             threads[-1].start()
         yield
     finally:
-        for helper in helpers:
-            helper.stop()
+        for worker in workers:
+            worker.stop()
         for thread in threads:
             thread.join()
-        for helper in helpers:
-            helper.close()
+        for worker in workers:
+            worker.close()
 
 
-def serve(helper: Helper, bench: Bench, tokenizer: ChatTokenizer, skip_refused: bool) -> None:
-    """Do chunks of the bench in a worker until there are none left, or it fails."""
-    if not helper.prepare(tokenizer, skip_refused):
+def serve(worker: WorkerProcess, queue: WorkQueue, tokenizer: ChatTokenizer, skip_refused: bool) -> None:
+    """Do chunks of the queue in a worker until there are none left, or it fails."""
+    if not worker.prepare(tokenizer, skip_refused):
         return
-    while places := bench.next_there():
+    while places := queue.next_there():
         try:
-            outcomes = helper.outcomes(bench.records[places.start : places.stop])
+            outcomes = worker.outcomes(queue.records[places.start : places.stop])
         except BaseException as error:  # a thread has nobody to raise to
-            bench.failed(places.start, error)
+            queue.failed(places.start, error)
             return
-        bench.done_there(places, outcomes)
+        queue.done_there(places, outcomes)

@@ -128,6 +128,8 @@ class LoraDpo:
         nn.utils.clip_grad_norm_(list(self.model.trainable.values()), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if cache is not None:
+            cache.commit()
         _finish(self.job.device)
         return sums.loss.item()
 
@@ -205,6 +207,7 @@ def _pretokenized_trainer() -> Any:
     class PreTokenized(DPOTrainer):
         def __init__(self, **arguments: Any):
             super().__init__(**arguments)
+            self.micro_losses: list[Any] = []
             self.add_callback(Clock(self))
 
         def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
@@ -235,8 +238,8 @@ def _trl_arguments(job: Job, folder: str) -> Any:
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=1.0,
-        # Bit for bit the same update as the other engine's where losses are compared; else TRL's own default.
-        **({"optim": "adamw_torch"} if job.dtype == torch.float32 else {}),
+        # Where losses are compared, the very update of the other engine; else TRL's own default.
+        optim="adamw_torch" if job.dtype == torch.float32 else "adamw_torch_fused",
         bf16=job.dtype == torch.bfloat16,
         gradient_checkpointing=job.checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if job.checkpointing else None,
@@ -321,10 +324,13 @@ def _finish(device: torch.device) -> None:
 def reference_cache(engine: LoraDpo, folder: Path) -> Any | None:
     """lora_dpo's on-disk cache of reference log-probs; None in a version that has none."""
     try:
-        from lora_dpo.reference import ReferenceCache  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:
+        from lora_dpo import reference
+
+        cache, identity = reference.ReferenceCache, reference.reference_identity  # pyright: ignore
+    except AttributeError:
         return None
-    return ReferenceCache.open(folder, engine.model)
+    model = engine.model
+    return cache(folder / "reference.sqlite", identity(model), dtype=model.compute_dtype)
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -378,9 +384,12 @@ def _second_epoch(engine: LoraDpo, steps: list[list[Any]], kept: slice) -> dict[
         cache = reference_cache(engine, Path(folder))
         if cache is None:
             return None
-        engine.run(steps, cache)
-        with PeakMemory(engine.job.device) as memory:
-            run = engine.run(steps, cache)
+        with cache:
+            engine.run(steps, cache)
+            assert cache.hits == 0
+            with PeakMemory(engine.job.device) as memory:
+                run = engine.run(steps, cache)
+            assert cache.hits == sum(map(len, steps)), "the second epoch was not read from the cache"
     return {"seconds": run.seconds[kept], "losses": run.losses, "peak_bytes": memory.bytes}
 
 

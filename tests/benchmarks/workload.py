@@ -104,7 +104,7 @@ def quantized_in_memory(shape: Shape, device: torch.device, seed: int = 0) -> An
             parent, _, child = name.rpartition(".")
             setattr(network.get_submodule(parent), child, torch.nn.Parameter(value, requires_grad=False))
     # Its frequencies are a buffer, which was made on the meta device too.
-    network.model.rotary_emb = type(network.model.rotary_emb)(network.config, device=device)
+    network.model.rotary_emb = type(network.model.rotary_emb)(network.config).to(device)
     network.is_loaded_in_4bit = True  # what peft and TRL look at
     return network.requires_grad_(False).train()
 

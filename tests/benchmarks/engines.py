@@ -360,7 +360,7 @@ def measure(job: Job) -> dict[str, Any]:
         "base": base_fingerprint(engine),
     }
     if job.second_epoch and isinstance(engine, LoraDpo):
-        found["second_epoch"] = _second_epoch(engine, steps, kept)
+        found["second_epoch"] = _second_epoch(engine, steps, kept, memory.start)
     return found
 
 
@@ -378,8 +378,13 @@ def _steps(job: Job) -> list[list[Any]]:
     return [pairs[start : start + width] for start in range(0, count, width)]
 
 
-def _second_epoch(engine: LoraDpo, steps: list[list[Any]], kept: slice) -> dict[str, Any] | None:
-    """The same steps with their reference log-probs read from the cache that an epoch before filled."""
+def _second_epoch(
+    engine: LoraDpo, steps: list[list[Any]], kept: slice, above: int | None
+) -> dict[str, Any] | None:
+    """The same steps with their reference log-probs read from the cache that an epoch before filled.
+
+    above: what was in use before the very first step, so that both epochs' memory is counted from there.
+    """
     with tempfile.TemporaryDirectory() as folder:
         cache = reference_cache(engine, Path(folder))
         if cache is None:
@@ -387,7 +392,7 @@ def _second_epoch(engine: LoraDpo, steps: list[list[Any]], kept: slice) -> dict[
         with cache:
             engine.run(steps, cache)
             assert cache.hits == 0
-            with PeakMemory(engine.job.device) as memory:
+            with PeakMemory(engine.job.device, above) as memory:
                 run = engine.run(steps, cache)
             assert cache.hits == sum(map(len, steps)), "the second epoch was not read from the cache"
     return {"seconds": run.seconds[kept], "losses": run.losses, "peak_bytes": memory.bytes}

@@ -20,38 +20,43 @@ SAMPLE_SECONDS = 0.02
 
 
 class PeakMemory:
-    """The most memory in use inside the block, above what was in use at its start, in bytes.
+    """The most memory in use inside the block, above what was in use at its start (or `above`), in bytes.
 
     CPU: anonymous memory of this process (files that safetensors maps cost nothing), sampled every 20 ms.
     CUDA: what torch's allocator handed out.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, above: int | None = None):
+        self.device, self.start = device, above
         self.bytes = 0
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
+        now = self._settle()
+        self.start = now if self.start is None else self.start
+        if self.device.type == "cpu":
+            self._peak = now
+            self._done = threading.Event()
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cpu":
+            self._done.set()
+            self._thread.join()
+        peak = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else self._peak
+        self.bytes = peak - (self.start or 0)
+
+    def _settle(self) -> int:
+        """Give back what is free; the bytes in use then."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
-            self._start = torch.cuda.memory_allocated()
-            return self
+            return torch.cuda.memory_allocated()
         _return_free_memory()
-        self._start = self._peak = anonymous_bytes()
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated() - self._start
-            return
-        self._done.set()
-        self._thread.join()
-        self.bytes = self._peak - self._start
+        return anonymous_bytes()
 
     def _sample(self) -> None:
         while not self._done.wait(SAMPLE_SECONDS):

@@ -199,7 +199,7 @@ def report(results: Sequence[dict[str, Any]], options: argparse.Namespace) -> No
     print(
         f"\n{job['compute_dtype']}, gradient checkpointing {checkpointing} in both,"
         f" {results[0]['runs'][0]['threads']} threads, {job['tokens_per_microbatch']} tokens a micro-batch of"
-        f" lora_dpo's,\n{job['warmup']} step to warm up, {job['steps']} timed, {options.repeats} runs each"
+        f" lora_dpo's,\n{job['warmup']} step to warm up, {job['steps']} timed, repeats: {options.repeats}"
     )
     print_table([{name: value for name, value in line.items() if name != "runs"} for line in results])
     print("\nTRL over lora_dpo; above 1 lora_dpo is faster, or smaller:")

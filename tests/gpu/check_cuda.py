@@ -30,7 +30,7 @@ from lora_dpo.recipe import Adapter
 from lora_dpo.training.step import step_gradient
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from workload import Shape, base_tokenizer, quantized_in_memory, synthetic_pairs  # noqa: E402
+from workload import Shape, base_tokenizer, quantized_in_memory, synthetic_pairs
 
 SMALL = Shape(768, 8, 12, 4, 2048, 32768)
 BILLION = Shape(2048, 16, 32, 8, 8192, 128256)

@@ -28,6 +28,12 @@ from lora_dpo.errors import RunError
 MANIFEST = "manifest.json"
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept between runs: $LORA_DPO_CACHE, or the user's cache folder."""
+    home = os.environ.get("LORA_DPO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "lora_dpo"
+    return Path(home).expanduser()
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The folder of one run."""

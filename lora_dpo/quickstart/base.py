@@ -9,7 +9,6 @@ with the library's own pieces (packing, log-probs, the SFT objective), all param
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, TokenizersBackend
 
+from lora_dpo import run_directory
 from lora_dpo.attention import NAME
 from lora_dpo.batching import StepSampler
 from lora_dpo.losses import SFT
@@ -61,9 +61,8 @@ class BaseSettings:
 def cache_folder(settings: BaseSettings | None = None) -> Path:
     """Where base and data are kept: under $LORA_DPO_CACHE, or the user's cache folder."""
     settings = settings or BaseSettings()
-    home = os.environ.get("LORA_DPO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "lora_dpo"
     name = "-".join(str(value) for value in asdict(settings).values())
-    return Path(home).expanduser() / f"quickstart-{name}"
+    return run_directory.cache_folder() / f"quickstart-{name}"
 
 
 def quickstart_data(folder: Path, settings: BaseSettings) -> tuple[Path, Path]:

@@ -80,15 +80,16 @@ def base_fingerprint(model: Model) -> str:
     """
     digest = xxhash.xxh3_128()
     first_name: dict[int, str] = {}
-    for name, value in _base_state(model.causal, ""):
+    for name, tensor, beside in _base_state(model.causal, ""):
         digest.update(name.encode() + b"\0")
-        if not isinstance(value, Tensor):
-            digest.update(_canonical(value))
-        elif id(value) in first_name:
-            digest.update(_canonical({"tied to": first_name[id(value)]}))
-        else:
-            first_name[id(value)] = name
-            _add_tensor(digest, value)
+        if id(tensor) in first_name:
+            digest.update(_canonical({"tied to": first_name[id(tensor)]}))
+            continue
+        first_name[id(tensor)] = name
+        _add_tensor(digest, tensor)
+        for what, value in sorted(beside.items()):
+            digest.update(what.encode() + b"\0")
+            _add_tensor(digest, value) if isinstance(value, Tensor) else digest.update(_canonical(value))
     return digest.hexdigest()
 
 
@@ -109,8 +110,9 @@ def adapter_fingerprint(tensors: Mapping[str, Tensor], config: Mapping[str, Any]
     return digest.hexdigest()
 
 
-def _base_state(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
-    """(name, tensor or plain value) of the base alone: what peft put around and into its modules is left out.
+def _base_state(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, dict[str, Any]]]:
+    """(name, parameter or buffer, what quantization keeps beside it) of the base alone, without what peft put
+    around and into its modules.
 
     An adapter is told by where it sits, not by requires_grad: a finished one is frozen too.
     """
@@ -120,9 +122,7 @@ def _base_state(module: nn.Module, prefix: str) -> Iterator[tuple[str, Any]]:
         module = module.original_module  # pyright: ignore[reportAssignmentType]
     own = {k: v for k, v in (module._parameters | module._buffers).items() if v is not None}
     for name, tensor in own.items():
-        yield prefix + name, tensor
-        for what, value in _quantization(module, tensor).items():
-            yield f"{prefix}{name}::{what}", value
+        yield prefix + name, tensor, _quantization(module, tensor)
     for name, child in module.named_children():
         yield from _base_state(child, f"{prefix}{name}.")
 

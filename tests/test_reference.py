@@ -251,6 +251,7 @@ OTHER_REFERENCES: dict[str, Callable[[Path, Path], Model]] = {
     "none": loaded(quantization="none"),
     "no double quantization": loaded(double_quantization=False),
     "bfloat16": loaded(dtype="bfloat16"),
+    "the compute dtype alone": in_memory(lambda m: setattr(m, "compute_dtype", torch.bfloat16)),
 }
 
 
@@ -330,10 +331,19 @@ def with_token(item: Branches) -> Branches:
     return replace(item, rests=(rest, item.rests[1]))
 
 
+def with_other_rests(item: Branches) -> Branches:
+    """The same tokens and masks one after another, cut elsewhere into rests."""
+    cut = len(item.rests[0]) - 1
+    rests = tuple(np.split(np.concatenate(item.rests), [cut]))
+    scored = tuple(np.split(np.concatenate(item.scored), [len(item.prefix) + cut]))
+    return replace(item, rests=rests, scored=scored)
+
+
 OTHER_EXAMPLES: dict[str, Callable[[Branches], Branches]] = {
     "a token": with_token,
     "the scored mask only": with_mask,
     "the prefix's boundary": with_boundary,
+    "the boundary between rests": with_other_rests,
     "sides swapped": lambda item: replace(item, rests=item.rests[::-1], scored=item.scored[::-1]),
 }
 

@@ -683,13 +683,13 @@ def test_nothing_is_kept_where_it_is_not_wanted_or_nothing_asks_for_a_reference(
     assert "reference_cache/hit_rate" not in next(run.records())
 
 
-@pytest.mark.parametrize(("pairs", "crash_at"), [(12, 3), (40, 1)])
+@pytest.mark.parametrize(("pairs", "tokens", "crash_at"), [(24, 150, 2), (40, 300, 1)])
 def test_a_run_killed_and_resumed_with_its_cache_ends_with_the_same_adapter_bit_for_bit(
-    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: int, crash_at: int
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pairs: int, tokens: int, crash_at: int
 ):
-    """12 of 32 pairs a step: the third step holds pairs of two epochs. 40: a step meets pairs twice."""
+    """24 of 32 pairs a step: the second step holds pairs of two epochs. 40: a step meets pairs twice."""
     words = [f"training.pairs_per_step={pairs}", "training.save_every=1", "training.eval_every=2"]
-    recipe = override(recipe, [*words, "training.tokens_per_microbatch=300"])
+    recipe = override(recipe, [*words, f"training.tokens_per_microbatch={tokens}"])
     monkeypatch.setenv("LORA_DPO_CACHE", str(tmp_path / "cache of the whole"))
     whole = train(override(recipe, [f"run_directory={tmp_path / 'whole'}"]), quiet=True)
     monkeypatch.setenv("LORA_DPO_CACHE", str(tmp_path / "cache of the killed"))

@@ -145,7 +145,8 @@ class MicroBatch:
 
     token_ids, positions: int64 [T]. score_positions, targets, sequences: int64 [S]; row s scores token
     targets[s] after hidden state score_positions[s] for sequence sequences[s] of N = examples × sides.
-    examples: which examples of the step these are.
+    examples: which examples of the step these are. keys: `Branches.key` of each. rows: how many score rows
+    each has; they lie one example after another.
     """
 
     token_ids: Tensor
@@ -156,6 +157,8 @@ class MicroBatch:
     sequences: Tensor
     examples: tuple[int, ...]
     sides: int
+    keys: tuple[bytes, ...]
+    rows: tuple[int, ...]
 
     @property
     def tokens(self) -> int:
@@ -203,7 +206,16 @@ def collate(branches: Sequence[Branches], examples: Sequence[int]) -> MicroBatch
     rows = [_int64(x) for x in (score_positions, targets, sequences)]
     layout = BranchLayout(tokens[2], tokens[3], tokens[1], lengths)
     return MicroBatch(
-        tokens[0], tokens[1], layout, rows[0], rows[1], rows[2], tuple(examples), branches[0].sides
+        token_ids=tokens[0],
+        positions=tokens[1],
+        layout=layout,
+        score_positions=rows[0],
+        targets=rows[1],
+        sequences=rows[2],
+        examples=tuple(examples),
+        sides=branches[0].sides,
+        keys=tuple(item.key for item in branches),
+        rows=tuple(sum(map(item.scored_count, range(item.sides))) for item in branches),
     )
 
 

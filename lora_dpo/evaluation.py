@@ -13,7 +13,7 @@ from lora_dpo.batching import MicroBatch, pack
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.losses import LogProbs, Objective, preferred
 from lora_dpo.model import Model, as_policy, without_dropout
-from lora_dpo.reference import reference_logprobs
+from lora_dpo.reference import ReferenceCache, reference_logprobs
 from lora_dpo.tokenization import Branches
 
 BOOTSTRAP_SAMPLES = 2000
@@ -50,13 +50,20 @@ def evaluate(
     tokens_per_microbatch: int = 8192,
     progress: Callable[[int], None] | None = None,
     intervals: bool = True,
+    cache: ReferenceCache | None = None,
 ) -> Evaluation:
     """The objective's loss and metrics, and each side's log-probs and lengths, on these examples.
 
     `progress` is told how many examples each micro-batch had. Without `intervals` only the means are made.
+    Reference log-probs are read from `cache`, and what it lacks is added to it.
     """
     logprobs = all_logprobs(
-        model, objective, branches, tokens_per_microbatch=tokens_per_microbatch, progress=progress
+        model,
+        objective,
+        branches,
+        tokens_per_microbatch=tokens_per_microbatch,
+        progress=progress,
+        cache=cache,
     )
     samples = BOOTSTRAP_SAMPLES if intervals else 0
     rows = _rows(objective, logprobs)
@@ -93,6 +100,7 @@ def all_logprobs(
     *,
     tokens_per_microbatch: int = 8192,
     progress: Callable[[int], None] | None = None,
+    cache: ReferenceCache | None = None,
 ) -> LogProbs:
     """Log-probs of these examples, in their order, on the CPU and without gradient."""
     policy = torch.zeros(len(branches), branches[0].sides, dtype=torch.float64)
@@ -101,23 +109,28 @@ def all_logprobs(
     with torch.no_grad(), without_dropout(model):
         for batch in pack(branches, tokens_per_microbatch):
             rows = list(batch.examples)
-            part = batch_logprobs(model, objective, batch.to(model.device))
+            part = batch_logprobs(model, objective, batch.to(model.device), cache)
             policy[rows] = part.policy.cpu().double()
             lengths[rows] = part.lengths.cpu()
             if part.reference is not None:
                 reference[rows] = part.reference.cpu().double()
             if progress is not None:
                 progress(len(rows))
+    if cache is not None:
+        cache.commit()
     return LogProbs(policy, reference if objective.needs_reference else None, lengths)
 
 
-def batch_logprobs(model: Model, objective: Objective, batch: MicroBatch) -> LogProbs:
+def batch_logprobs(
+    model: Model, objective: Objective, batch: MicroBatch, cache: ReferenceCache | None = None
+) -> LogProbs:
     """Policy, and where the objective needs it reference, log-probs of one micro-batch; policy
-    differentiable.
+    differentiable. The reference's come from `cache` where one is given; committing is the caller's.
     """
     reference = None
     if objective.needs_reference:
-        reference = batch.per_sequence(reference_logprobs(model, batch))
+        tokens = reference_logprobs(model, batch) if cache is None else cache.logprobs(model, batch)
+        reference = batch.per_sequence(tokens)
     with as_policy(model):
         policy = batch.per_sequence(token_logprobs(model, batch))
     return LogProbs(policy, reference, batch.scored_lengths())

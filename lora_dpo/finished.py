@@ -16,7 +16,7 @@ from lora_dpo.preferences import Demonstration, Preference
 from lora_dpo.recipe import Recipe, load_recipe, override
 from lora_dpo.run_directory import RunDirectory, write_text
 from lora_dpo.sampling import greedy
-from lora_dpo.training import Display, HeldOut, chat_tokenizer, prepare_held_out
+from lora_dpo.training import Display, HeldOut, chat_tokenizer, prepare_held_out, reference_cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +82,17 @@ def evaluate_run(run: FinishedRun, *, display: Display | None = None) -> Evaluat
     if not run.data.eval:
         raise RunError("this run holds out no rows: give some with --data FILE")
     display = display or Display(quiet=True)
-    with display.counting("evaluating", len(run.data.eval)) as advance:
+    with (
+        reference_cache(run.recipe, run.model, display) as cache,
+        display.counting("evaluating", len(run.data.eval)) as advance,
+    ):
         result = evaluate(
             run.model,
             run.recipe.loss,
             run.data.eval,
             tokens_per_microbatch=run.tokens_per_microbatch,
             progress=advance,
+            cache=cache,
         )
     write_text(run.directory.evaluation_file, json.dumps(dataclasses.asdict(result), indent=1))
     return result

@@ -7,6 +7,8 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -14,12 +16,18 @@ import torch
 torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_cache_in_the_home(tmp_path_factory: pytest.TempPathFactory):
-    """What is kept between runs goes to a folder of this session's."""
+@pytest.fixture(autouse=True, scope="session")
+def no_cache_at_home(tmp_path_factory: pytest.TempPathFactory):
+    """What outlives a run lies under a folder of the tests', not in the user's home."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LORA_DPO_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_cache(no_cache_at_home: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And no test finds what another one left there."""
+    monkeypatch.setenv("LORA_DPO_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="session")

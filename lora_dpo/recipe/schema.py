@@ -161,6 +161,9 @@ class Training(Section):
     best_metric: which evaluation metric chooses the adapter that is kept, such as "rewards/accuracy" (a loss
     is better when lower). early_stopping: stop after this many evaluations without a better one; 0 never.
     trackers: names that accelerate knows, such as tensorboard, wandb, mlflow or trackio.
+    reference_cache: keep the reference's log-probs on disk, and read them in later epochs, runs, evaluations.
+    They lie in reference/ under $LORA_DPO_CACHE (else ~/.cache/lora_dpo), one file for each base as it was
+    loaded; that folder may be deleted whenever no run is using it.
     """
 
     section: ClassVar[str] = "training"
@@ -185,6 +188,7 @@ class Training(Section):
     best_metric: str | None = None
     early_stopping: CountOrZero = 0
     trackers: tuple[str, ...] = ()
+    reference_cache: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

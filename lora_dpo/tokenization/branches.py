@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import xxhash
 from numpy.typing import ArrayLike, NDArray
 
 from lora_dpo.preferences import Where
@@ -46,6 +48,17 @@ class Branches:
 
     def scored_count(self, index: int) -> int:
         return int(self.scored[index].sum())
+
+    @cached_property
+    def key(self) -> bytes:
+        """16 bytes that name this example wherever it comes from: a hash of token ids, boundaries and masks.
+
+        Template and truncation act through those alone.
+        """
+        digest = xxhash.xxh3_128(np.array([len(self.prefix), *map(len, self.rests)], dtype="<i8").tobytes())
+        for part in (self.prefix, *self.rests, *self.scored):
+            digest.update(part.tobytes())
+        return digest.digest()
 
 
 def share(sides: Sequence[ArrayLike], scored: Sequence[ArrayLike], where: Where) -> Branches:

@@ -4,7 +4,7 @@ from lora_dpo.training.data import HeldOut, TrainingData, chat_tokenizer, prepar
 from lora_dpo.training.observers import Observer, Record
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display
-from lora_dpo.training.start import train
+from lora_dpo.training.start import reference_cache, train
 from lora_dpo.training.step import step_gradient
 from lora_dpo.training.trainer import Stopped, Trainer
 
@@ -20,6 +20,7 @@ __all__ = [
     "preflight",
     "prepare_data",
     "prepare_held_out",
+    "reference_cache",
     "step_gradient",
     "train",
 ]

@@ -19,7 +19,7 @@ from lora_dpo.evaluation import batch_logprobs
 from lora_dpo.logprobs import vocabulary
 from lora_dpo.losses import Objective
 from lora_dpo.model import Model, as_reference, generating, without_dropout
-from lora_dpo.reference import reference_logprobs
+from lora_dpo.reference import ReferenceCache, reference_logprobs
 from lora_dpo.tokenization import Branches
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -34,11 +34,16 @@ def preflight(
     examples_per_step: int,
     tokens_per_microbatch: int,
     fresh_adapter: bool = True,
+    cache: ReferenceCache | None = None,
+    held_out: Sequence[Branches] = (),
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Check, on the real model and data, what training relies on. Leaves the adapter's values as they were.
 
-    Raises PreflightError, naming what is wrong and what to do. `say` is told each check in one line.
+    What `cache` holds of the branches, and of those `held_out`, is compared with a fresh computation; a cache
+    that differs is emptied. `say` is told each check in one line.
+
+    Raises PreflightError, naming what is wrong and what to do.
     """
     few = sorted(branches, key=lambda item: item.tokens)[: min(4, len(branches))]
     longest = max(branches, key=lambda item: item.tokens)
@@ -52,6 +57,8 @@ def preflight(
             say(_check_isolation(model, few))
             if fresh_adapter:
                 say(_check_gradients(model, objective, batch))
+            if cache is not None and cache.on:
+                say(_check_cache(model, cache, [*branches, *held_out]))
         say(_check_longest(model, objective, branches, examples_per_step, tokens_per_microbatch))
     except torch.OutOfMemoryError as error:
         raise PreflightError(
@@ -137,7 +144,7 @@ def _with_first_rest_changed(batch: MicroBatch, tokens: int) -> MicroBatch | Non
     if not bool(own.any()):
         return None
     ids = torch.where(own, (batch.token_ids + 1) % tokens, batch.token_ids)
-    return replace(batch, token_ids=ids)
+    return replace(batch, token_ids=ids, keys=())  # their keys are other examples'
 
 
 def _has_experts(model: Model) -> bool:
@@ -192,6 +199,28 @@ def _perturbed(model: Model) -> Iterator[None]:
         with torch.no_grad():
             for name, parameter in model.trainable.items():
                 parameter.copy_(kept[name])
+
+
+def _check_cache(model: Model, cache: ReferenceCache, branches: Sequence[Branches]) -> str:
+    """A few of the kept log-probs are what the reference says now, to rounding; else none of them is kept."""
+    known = cache.known(item.key for item in branches)
+    found = [item for item in branches if item.key in known]
+    share = f"reference base, {len(found):,} of {len(branches):,} examples already in the cache"
+    few = sorted(found, key=lambda item: item.tokens)[:4]
+    if not few:
+        return f"{share} ({cache.file})"
+    batch = collate(few, range(len(few))).to(model.device)
+    kept = cache.peek(batch)
+    if kept is None:
+        return f"{share}; some are damaged and will be computed again"
+    difference = (kept - reference_logprobs(model, batch)).abs().mean().item()
+    if difference <= TOLERANCE[model.compute_dtype]:
+        return f"{share} (spot check: {difference:.1e} nats a token from a fresh computation)"
+    cache.clear()
+    return (
+        f"{share}, but {difference:.1e} nats a token from a fresh computation: they are thrown away, and all"
+        " will be computed again"
+    )
 
 
 def _check_longest(

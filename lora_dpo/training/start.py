@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 from accelerate import Accelerator
 
@@ -12,6 +12,7 @@ from lora_dpo.errors import RecipeError, RunError
 from lora_dpo.evaluation import metric_names
 from lora_dpo.model import Model, load_config, load_model, load_tokenizer
 from lora_dpo.recipe import Recipe, load_recipe, pinned, to_dict, to_yaml
+from lora_dpo.reference import ReferenceCache
 from lora_dpo.run_directory import RunDirectory, write_text
 from lora_dpo.training.data import TrainingData, prepare_data
 from lora_dpo.training.observers import Observer, check_trackers, flat
@@ -72,16 +73,28 @@ def _train(
     display.say(
         f"base: {recipe.base.model}, {describe_model(model, recipe)}, {time.monotonic() - started:.1f}s"
     )
-    trainer = Trainer(recipe, run, model, data, accelerator, display, observers)
-    if resume:
-        trainer.resume()
-    trainer.preflight()
-    # A process that is late must not take this run's own recipe.yaml for an earlier run's.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process and not resume:
-        # From here on it is a run: what failed before this line can simply be started again.
-        write_text(run.recipe_file, to_yaml(recipe))
-    trainer.run()
+    with reference_cache(recipe, model, display) as cache:
+        trainer = Trainer(recipe, run, model, data, accelerator, display, observers, cache)
+        if resume:
+            trainer.resume()
+        trainer.preflight()
+        # A process that is late must not take this run's own recipe.yaml for an earlier run's.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process and not resume:
+            # From here on it is a run: what failed before this line can simply be started again.
+            write_text(run.recipe_file, to_yaml(recipe))
+        trainer.run()
+
+
+def reference_cache(
+    recipe: Recipe, model: Model, display: Display
+) -> AbstractContextManager[ReferenceCache | None]:
+    """The open cache of this model's reference; None where the recipe wants none, or no loss term needs a
+    reference.
+    """
+    if not (recipe.training.reference_cache and recipe.loss.needs_reference):
+        return nullcontext()
+    return ReferenceCache.open(model, say=display.say)
 
 
 def check_training(recipe: Recipe) -> None:
@@ -126,6 +139,7 @@ MAY_CHANGE = {
     "training.save_every",
     "training.keep_checkpoints",
     "training.trackers",
+    "training.reference_cache",
 }
 """Keys that a resumed run may change: they don't touch what is learned."""
 

@@ -15,6 +15,7 @@ from lora_dpo.batching import pack
 from lora_dpo.evaluation import batch_logprobs
 from lora_dpo.losses import Objective
 from lora_dpo.model import Model
+from lora_dpo.reference import ReferenceCache
 from lora_dpo.tokenization import Branches
 
 log = logging.getLogger(__name__)
@@ -43,20 +44,24 @@ def step_gradient(
     tokens_per_microbatch: int,
     seed: int,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
+    cache: ReferenceCache | None = None,
 ) -> StepSums:
     """Accumulate the gradient of (Σ example losses) / count over these examples into the adapters.
 
     count: the divisor of the whole step, over all processes. seed: of the step's dropout. When memory runs
     out, the gradients are dropped, the RNG is rewound and the step repeated with half the budget: slower,
-    and the same mathematics. Raises torch.OutOfMemoryError where a single example does not fit.
+    and the same mathematics. Reference log-probs are read from `cache`; what it lacks awaits the caller's
+    `cache.commit()`. Raises torch.OutOfMemoryError where a single example does not fit.
     """
     budget = tokens_per_microbatch
     while True:
         for parameter in model.trainable.values():
             parameter.grad = None
+        if cache is not None:
+            cache.drop_pending()
         torch.manual_seed(seed)
         try:
-            return _accumulate(model, objective, branches, count, budget, backward)
+            return _accumulate(model, objective, branches, count, budget, backward, cache)
         except torch.OutOfMemoryError:
             longest = max(item.tokens for item in branches)
             if budget <= longest:
@@ -76,16 +81,21 @@ def _accumulate(
     count: float,
     budget: int,
     backward: Callable[[Tensor], None],
+    cache: ReferenceCache | None,
 ) -> StepSums:
     tokens = sum(item.tokens for item in branches)
     sums = StepSums(len(branches), tokens, torch.zeros((), device=model.device), tokens_per_microbatch=budget)
+    before = 0 if cache is None else cache.hits
     for batch in pack(branches, budget):
-        loss = objective(batch_logprobs(model, objective, batch.to(model.device)))
+        loss = objective(batch_logprobs(model, objective, batch.to(model.device), cache))
         total = loss.per_example.sum() / count
         backward(total)
         sums.loss += total.detach()
         for name, values in loss.metrics.items():
             sums.metrics[name] = sums.metrics.get(name, 0) + values.sum()
+    if cache is not None:
+        read = torch.full((), cache.hits - before, device=model.device)
+        sums.metrics["reference_cache/hit_rate"] = read
     return sums
 
 

@@ -21,6 +21,7 @@ from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
 from lora_dpo.model import Model
 from lora_dpo.recipe import Recipe, to_dict
+from lora_dpo.reference import ReferenceCache
 from lora_dpo.run_directory import RunDirectory, damage, write_folder
 from lora_dpo.training.checkpoint import (
     TrainingState,
@@ -61,10 +62,11 @@ class Trainer:
         accelerator: Accelerator,
         display: Display,
         observers: Sequence[Observer] = (),
+        cache: ReferenceCache | None = None,
     ):
         self.recipe, self.training, self.objective = recipe, recipe.training, recipe.loss
         self.run_directory, self.model, self.data = run, model, data
-        self.accelerator, self.display = accelerator, display
+        self.accelerator, self.display, self.cache = accelerator, display, cache
         self.optimizer = make_optimizer(self.training, model.trainable)
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             model.device.type, enabled=model.compute_dtype == torch.float16
@@ -122,6 +124,8 @@ class Trainer:
             examples_per_step=self.training.pairs_per_step,
             tokens_per_microbatch=self.state.tokens_per_microbatch,
             fresh_adapter=self.state.step == 0,
+            cache=self.cache,
+            held_out=self.data.eval,
             say=lambda line: self.display.say(f"preflight: {line}"),
         )
 
@@ -158,6 +162,7 @@ class Trainer:
             seed=step_seed(self.training.seed, self.state.step, self.accelerator.process_index),
             # Not Accelerator.backward: it divides by the accumulation steps of the user's accelerate config.
             backward=lambda loss: self.scaler.scale(loss).backward(),
+            cache=self.cache,
         )
         self.state.tokens_per_microbatch = sums.tokens_per_microbatch
         metrics = self._means(sums, len(examples))
@@ -166,6 +171,8 @@ class Trainer:
         metrics["learning_rate"] = learning_rate(self.training, self.state.step, self.steps)
         set_learning_rate(self.optimizer, metrics["learning_rate"])
         metrics["grad_norm"] = self._update()
+        if self.cache is not None:
+            self.cache.commit()
         self.state.step += 1
         return metrics | self._speed(metrics["tokens"], examples, began)
 
@@ -247,6 +254,7 @@ class Trainer:
             self.data.eval,
             tokens_per_microbatch=self.state.tokens_per_microbatch,
             intervals=False,
+            cache=self.cache,
         ).means()
         self._tell("evaluation", {f"eval/{name}": value for name, value in result.items()})
         metric = self.training.best_metric

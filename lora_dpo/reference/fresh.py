@@ -1,4 +1,4 @@
-"""Reference log-probs: what the frozen reference says of a micro-batch."""
+"""Reference log-probs, computed: what the frozen reference says of a micro-batch."""
 
 from __future__ import annotations
 

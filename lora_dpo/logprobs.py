@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_dpo.batching import MicroBatch
 from lora_dpo.model import Model
+from lora_dpo.ways import scored_hidden
 
 HEAD_BYTES = 256 * 2**20
 """What a chunk of logits in float32 may take."""
@@ -57,7 +58,7 @@ def token_logprobs(model: Model, batch: MicroBatch, *, head_bytes: int = HEAD_BY
     The role is the caller's: adapters on, or inside `as_reference`. The batch lies on the model's device.
     """
     with model.autocast():
-        hidden = hidden_states(model, batch)[batch.score_positions]
+        hidden = scored_hidden(model.causal, batch, model.way)
         transform = LogitTransform.of(model.causal.config)
         rows = max(1, head_bytes // (4 * vocabulary(model)))
         if head_is_frozen(model):
@@ -65,17 +66,6 @@ def token_logprobs(model: Model, batch: MicroBatch, *, head_bytes: int = HEAD_BY
             arguments = (hidden.to(weight.dtype), weight, bias, batch.targets, transform, rows)
             return _FrozenHead.apply(*arguments)  # pyright: ignore[reportReturnType]
         return _trainable_head(model, hidden, batch.targets, transform, rows)
-
-
-def hidden_states(model: Model, batch: MicroBatch) -> Tensor:
-    """The backbone's last hidden states, [T, D]."""
-    output = model.causal.base_model(
-        input_ids=batch.token_ids[None],
-        position_ids=batch.positions[None],
-        branch_layout=batch.layout,
-        use_cache=False,
-    )
-    return output.last_hidden_state[0]
 
 
 def vocabulary(model: Model) -> int:

@@ -7,11 +7,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import tempfile
+
 import pytest
 import torch
 
 # The tests' models are tiny: a second thread costs them more than it gives.
 torch.set_num_threads(1)
+
+_cache = tempfile.TemporaryDirectory(prefix="lora_dpo-tests-")
+os.environ["LORA_DPO_CACHE"] = _cache.name  # nothing is left in the user's own
 
 
 @pytest.fixture(scope="session")

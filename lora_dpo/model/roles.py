@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from lora_dpo.attention import NAME as BRANCH_ATTENTION
+from lora_dpo.batching import Way
 from lora_dpo.errors import ModelError
-from lora_dpo.model.base import load_base, load_tokenizer
+from lora_dpo.model.base import load_base, load_tokenizer, verdict_on
+from lora_dpo.probe import ASSUMED, Verdict
 from lora_dpo.recipe import Adapter, Base
+from lora_dpo.ways import own_attention, use_attention
 
 
 @dataclass(eq=False)
@@ -28,11 +30,17 @@ class Model:
     """A causal language model with, or without, an adapter on it.
 
     network: what is called. tokenizer: its tokenizer. compute_dtype: what matrix products run in.
+    verdict: the way that micro-batches run through it, and why.
     """
 
     network: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     compute_dtype: torch.dtype
+    verdict: Verdict = ASSUMED
+
+    @property
+    def way(self) -> Way:
+        return self.verdict.way
 
     @cached_property
     def causal(self) -> PreTrainedModel:
@@ -81,10 +89,11 @@ class Model:
 
 
 def load_model(base: Base, adapter: Adapter | None = None, *, seed: int = 0) -> Model:
-    """The base with a fresh adapter, whose initial values are a function of the seed."""
+    """The base with a fresh adapter, whose initial values are a function of the seed; or without one."""
     tokenizer = load_tokenizer(base)
-    network = load_base(base)
-    model = Model(network, tokenizer, network.dtype)
+    verdict = verdict_on(base)
+    network = load_base(base, verdict.way)
+    model = Model(network, tokenizer, network.dtype, verdict)
     return model if adapter is None else add_adapter(model, adapter, seed=seed)
 
 
@@ -137,7 +146,7 @@ def load_adapter(model: Model, folder: str) -> Model:
 
 
 def with_adapter(network: PeftModel, model: Model) -> Model:
-    adapted = Model(network, model.tokenizer, model.compute_dtype)  # pyright: ignore[reportArgumentType]
+    adapted = Model(network, model.tokenizer, model.compute_dtype, model.verdict)  # pyright: ignore[reportArgumentType]
     network.train()
     _ = adapted.trainable  # fixed here: what requires a gradient now is what may ever get one
     for layer in adapted.adapter_layers:
@@ -190,11 +199,11 @@ def generating(model: Model) -> Iterator[None]:
     """For `generate`: the model's own attention with its mask and cache, no checkpointing, no dropout."""
     for layer in model.checkpointed_layers:
         layer.training = False
-    model.causal.set_attn_implementation("sdpa" if model.causal._supports_sdpa else "eager")
+    model.causal.set_attn_implementation(own_attention(model.causal))
     try:
         with torch.no_grad(), without_dropout(model), model.autocast():
             yield
     finally:
-        model.causal.set_attn_implementation(BRANCH_ATTENTION)
+        use_attention(model.causal, model.way)
         for layer in model.checkpointed_layers:
             layer.training = True

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_dpo.batching import pack
+from lora_dpo.batching import cost, pack
 from lora_dpo.evaluation import batch_logprobs
 from lora_dpo.losses import Objective
 from lora_dpo.model import Model
@@ -58,10 +58,10 @@ def step_gradient(
         try:
             return _accumulate(model, objective, branches, count, budget, backward)
         except torch.OutOfMemoryError:
-            longest = max(item.tokens for item in branches)
+            longest = max(cost([item], model.way) for item in branches)
             if budget <= longest:
                 raise
-            budget = max(longest, min(budget, sum(item.tokens for item in branches)) // 2)
+            budget = max(longest, min(budget, cost(branches, model.way)) // 2)
         # Outside the handler: its traceback holds the failed forward's activations.
         log.warning("out of memory: packing again with %d tokens a micro-batch", budget)
         gc.collect()
@@ -77,9 +77,9 @@ def _accumulate(
     budget: int,
     backward: Callable[[Tensor], None],
 ) -> StepSums:
-    tokens = sum(item.tokens for item in branches)
+    tokens = sum(cost([item], model.way) for item in branches)
     sums = StepSums(len(branches), tokens, torch.zeros((), device=model.device), tokens_per_microbatch=budget)
-    for batch in pack(branches, budget):
+    for batch in pack(branches, budget, model.way):
         loss = objective(batch_logprobs(model, objective, batch.to(model.device)))
         total = loss.per_example.sum() / count
         backward(total)

@@ -98,6 +98,7 @@ def _by_position(module: torch.nn.Module, query: Tensor, layout: BranchLayout) -
         return query
 
     def scale(n: Tensor) -> Tensor:
+        n = n.to(torch.promote_types(query.dtype, torch.float32))
         return torch.log1p(torch.floor((n + 1.0) / tuned.floor_scale)) * tuned.attn_scale + 1.0
 
     return query * (scale(layout.position) / scale(place)).to(query.dtype)[:, None]

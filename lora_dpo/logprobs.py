@@ -34,11 +34,14 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """From a transformers config: Granite divides, Cohere multiplies, Gemma 2 caps."""
+        """From a transformers config: Granite divides, Cohere and Falcon-H1 multiply, Gemma 2 caps."""
         text = config.get_text_config()
         scale = float(getattr(text, "logit_scale", None) or 1.0)
+        scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
         scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-        return cls(scale, getattr(text, "final_logit_softcapping", None))
+        names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        caps = (getattr(text, name, None) for name in names)
+        return cls(scale, next((cap for cap in caps if cap), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         scaled = logits * self.scale if self.scale != 1.0 else logits

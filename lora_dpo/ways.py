@@ -8,7 +8,8 @@ Which is right for an architecture is found out by `lora_dpo.probe`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +38,7 @@ def backbone(network: PreTrainedModel) -> torch.nn.Module:
 
 def scored_hidden(network: PreTrainedModel, batch: MicroBatch, way: Way) -> Tensor:
     """The hidden states [S, D] that predict the scored tokens. The attention is the way's own already."""
-    limit = switching_length(network.config)
-    if limit is not None and _straddles(batch, limit):
+    if _must_be_apart(network.config, [len(places) for places in batch.layout.sequences]):
         return _one_by_one(network, batch, way)
     return _RUNS[way](network, batch, way)
 
@@ -119,23 +119,29 @@ _RUNS: dict[Way, Callable[[PreTrainedModel, MicroBatch, Way], Tensor]] = {
 }
 
 
-def switching_length(config: Any) -> int | None:
-    """Up to how many tokens of a forward call a model's rotary frequencies stay the same; None: always.
+def _must_be_apart(config: Any, lengths: Sequence[int]) -> bool:
+    """Whether in company another sequence's length would choose a sequence's rotary frequencies."""
+    for limit, kinds in switching_lengths(config):
+        longer = [length > limit for length in lengths]
+        if len(lengths) > 1 and any(longer) and (kinds > 2 or not all(longer)):
+            return True
+    return False
 
-    LongRoPE has two sets of them and dynamic NTK scaling many; the longest position of the call decides.
+
+def switching_lengths(config: Any) -> list[tuple[int, float]]:
+    """(up to how many tokens rotary frequencies stay the same, how many sets of them there are).
+
+    The longest position of a forward call decides: LongRoPE has two sets, dynamic NTK scaling one for each
+    length.
     """
     text = config.get_text_config()
     ropes = getattr(text, "rope_parameters", None) or {}
     ropes = ropes.values() if all(isinstance(r, dict) for r in ropes.values()) else [ropes]
-    name, limits = "original_max_position_embeddings", []
+    name, most, found = "original_max_position_embeddings", getattr(text, "max_position_embeddings", 1), []
     for rope in ropes:
         kind = str(rope.get("rope_type", rope.get("type", "default")))
-        limit = rope.get(name) or getattr(text, name, None) if kind == "longrope" else None
-        if kind == "longrope" or "dynamic" in kind:
-            limits.append(limit or getattr(text, "max_position_embeddings", None) or 1)
-    return min(limits) if limits else None
-
-
-def _straddles(batch: MicroBatch, limit: int) -> bool:
-    """Whether a sequence passes the limit: in company another's length could choose its frequencies."""
-    return len(batch.layout.sequences) > 1 and any(len(s) > limit for s in batch.layout.sequences)
+        if kind == "longrope":
+            found.append((rope.get(name) or getattr(text, name, None) or most, 2))
+        elif "dynamic" in kind:
+            found.append((most, math.inf))
+    return found

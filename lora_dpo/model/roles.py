@@ -109,6 +109,7 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
         lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=adapter.dropout,
         target_modules=targets,
+        exclude_modules=_not_plain(model.causal) if targets == "all-linear" else None,
         # GPT-2's Conv1D keeps its weight transposed; quantized, it is an ordinary linear layer.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.causal.modules()),
     )
@@ -124,6 +125,30 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
     adapted = with_adapter(network, model)
     _refuse_unmergeable(adapted)
     return adapted
+
+
+def _not_plain(network: nn.Module) -> list[str] | None:
+    """Linear layers that "all-linear" leaves out, by path: not a product y = W x, or read past the module.
+
+    Mamba's fused kernels take the weight of the mixer's out_proj itself, so an adapter there would be lost on
+    CUDA; a router that is a subclass of a linear layer gives something else than its product (Llama 4).
+    """
+    found = []
+    for path, module in network.named_modules():
+        if hasattr(module, "A_log") and isinstance(getattr(module, "out_proj", None), nn.Linear):
+            found.append(f"{path}.out_proj")
+        if type(module).__module__.startswith("transformers.") and isinstance(module, nn.Linear):
+            found += [] if _gives_a_product(module) else [path]
+    return found or None
+
+
+def _gives_a_product(module: nn.Linear) -> bool:
+    with torch.no_grad():
+        try:
+            out: Any = module(module.weight.new_zeros(1, module.in_features))
+        except (RuntimeError, ValueError, TypeError):
+            return False
+    return isinstance(out, torch.Tensor) and out.shape == (1, module.out_features)
 
 
 def _refuse_unmergeable(model: Model) -> None:

@@ -26,8 +26,10 @@ def own_attention(network: PreTrainedModel) -> str:
 
 
 def use_attention(network: PreTrainedModel, way: Way) -> None:
-    """Set the attention that a way relies on."""
-    network.set_attn_implementation(BRANCH_ATTENTION if way == "shared" else own_attention(network))
+    """Set the attention that a way relies on, unless it is set already: some models warn that they can't."""
+    wanted = BRANCH_ATTENTION if way == "shared" else own_attention(network)
+    if network.config._attn_implementation != wanted:
+        network.set_attn_implementation(wanted)
 
 
 def backbone(network: PreTrainedModel) -> torch.nn.Module:

@@ -109,12 +109,13 @@ ARCHITECTURES: dict[str, tuple[Way, Callable[[], Any]]] = {
         lambda: hf.FalconConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4),
     ),
     "gpt_neo, local": (
-        "packed",
+        "padded",
         lambda: hf.GPTNeoConfig(vocab_size=64, hidden_size=64, num_layers=2, num_heads=4,
                                 intermediate_size=96, attention_types=[[["global", "local"], 1]],
                                 max_position_embeddings=128),
     ),
-    "mpt, alibi": ("packed by mask", lambda: hf.MptConfig(vocab_size=64, d_model=64, n_heads=4, n_layers=2)),
+    "doge, dynamic mask": ("single", lambda: hf.DogeConfig(**BASIC, keep_window_size=2048)),
+    "mpt, alibi": ("padded", lambda: hf.MptConfig(vocab_size=64, d_model=64, n_heads=4, n_layers=2)),
     "bloom, alibi": ("padded", lambda: hf.BloomConfig(vocab_size=64, hidden_size=64, n_layer=2, n_head=4)),
     "mamba2": (
         "padded",
@@ -147,8 +148,16 @@ ARCHITECTURES: dict[str, tuple[Way, Callable[[], Any]]] = {
                                         attention_window_size=2048),
     ),
 }  # fmt: skip
-GRADIENTS = ("gemma2, softcap", "gpt_oss, sinks", "llama4_text, chunks", "stablelm", "gpt_neo, local",
-             "mpt, alibi", "mamba2", "bloom, alibi")  # fmt: skip
+GRADIENTS = (
+    "gemma2, softcap",
+    "gpt_oss, sinks",
+    "llama4_text, chunks",
+    "stablelm",
+    "falcon, rotary",
+    "mamba2",
+    "bloom, alibi",
+    "doge, dynamic mask",
+)
 
 
 @pytest.fixture(scope="module")
@@ -222,9 +231,7 @@ def test_the_gradient_of_the_adapters_is_that_of_one_sequence_at_a_time(name: st
         assert relative(gradient(model), expected) <= 1e-8
 
 
-@pytest.mark.parametrize(
-    "name", ["llama4_text, chunks", "stablelm", "mpt, alibi", "gpt_neo, local", "mamba2"]
-)
+@pytest.mark.parametrize("name", ["llama4_text, chunks", "stablelm", "mpt, alibi", "mamba2"])
 def test_changing_one_rest_leaves_all_other_sequences_as_they_were_to_the_bit(name: str):
     way, config = ARCHITECTURES[name]
     with module._quiet(), torch.no_grad():
@@ -239,14 +246,27 @@ def test_changing_one_rest_leaves_all_other_sequences_as_they_were_to_the_bit(na
     assert (before[own] - after[own]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("way", ["single", "packed"])
-def test_the_ways_that_no_architecture_above_needs_are_exact_too(way: Way):
-    with float64_throughout(), module._quiet(), torch.no_grad():
+@pytest.mark.parametrize("way", ["shared by mask", "packed", "packed by mask", "padded", "single"])
+def test_every_way_is_exact_where_the_model_takes_it(way: Way):
+    """Log-probs and gradients, also in the ways that no architecture above needs."""
+    with float64_throughout(), module._quiet():
         model = adapted(next(small_models(llama_config())), Verdict(way))
         items = examples()
+        alone = one_at_a_time(model, items)
+        alone.sum().backward()
+        expected = gradient(model)
         batch = collate(items, range(len(items)))
-        difference = batch.per_sequence(token_logprobs(model, batch)) - one_at_a_time(model, items)
-    assert difference.abs().max() <= 1e-9
+        found = batch.per_sequence(token_logprobs(model, batch))
+        found.sum().backward()
+    assert (found - alone).abs().max() <= 1e-9
+    assert relative(gradient(model), expected) <= 1e-8
+
+
+def test_buffers_for_so_many_positions_are_seen_by_the_probe():
+    """GPT-Neo's causal mask is a buffer: a packed micro-batch is longer than it, a sequence never."""
+    config = hf.GPTNeoConfig(max_position_embeddings=2048)
+    assert shrunk(config, 16).max_position_embeddings == 32
+    assert "RuntimeError" in judge(next(small_models(ARCHITECTURES["gpt_neo, local"][1]()))).reason
 
 
 def test_a_window_and_a_chunk_are_seen_by_the_probe():

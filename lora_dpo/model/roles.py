@@ -22,7 +22,7 @@ from lora_dpo.errors import ModelError
 from lora_dpo.model.base import load_base, load_tokenizer, verdict_on
 from lora_dpo.probe import ASSUMED, Verdict
 from lora_dpo.recipe import Adapter, Base
-from lora_dpo.ways import own_attention, use_attention
+from lora_dpo.ways import use_attention
 
 
 @dataclass(eq=False)
@@ -224,7 +224,7 @@ def generating(model: Model) -> Iterator[None]:
     """For `generate`: the model's own attention with its mask and cache, no checkpointing, no dropout."""
     for layer in model.checkpointed_layers:
         layer.training = False
-    model.causal.set_attn_implementation(own_attention(model.causal))
+    use_attention(model.causal, "single")  # its own
     try:
         with torch.no_grad(), without_dropout(model), model.autocast():
             yield

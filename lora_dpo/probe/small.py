@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 WINDOW = 8
 """What windows, chunks and the like become: shorter than the probe's sequences."""
+POSITIONS = 32
+"""What learned positions and buffers of causal masks hold: the probe's longest sequence, no packed batch."""
 VOCABULARY = 64
 EXPERTS = 4
 HEAD_WIDTH = 16
@@ -31,6 +33,7 @@ WIDTHS = re.compile(
 )
 STATES = re.compile(r"(\w*state_size|\w*d_state)$")
 LENGTHS = re.compile(r"(\w*window(_size)?|\w*chunk(_size)?|floor_scale|index_topk|\w*block_size)$")
+MOST_POSITIONS = re.compile(r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|seq_length)$")
 EXPERT_COUNTS = re.compile(r"(\w*num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)$")
 EXPERT_CHOICES = re.compile(
     r"(num_experts_per_tok|\w*top_?k\w*|num_experts_per_token|moe_k|n_group|topk_group|n_shared_experts)$"
@@ -78,8 +81,7 @@ def build_small(small: Any, *, cut: bool, **options: Any) -> PreTrainedModel:
     """A model of a shrunk config; cut: leave layers out."""
     if cut:
         cut_depth(small, **options)
-    with torch.device("meta"):
-        count = sum(p.numel() for p in _from_config(small, **options).parameters())
+    count = sum(p.numel() for p in _skeleton(small, **options).parameters())
     if count > MOST_PARAMETERS:
         raise ValueError(f"its small copy has {count:,} parameters")
     network = _from_config(small, **options).double().requires_grad_(False).train()
@@ -109,8 +111,12 @@ def _shrink_part(part: Any, head_width: int | None, few_heads: bool) -> None:
     fields = {name: value for name, value in vars(part).items() if not name.startswith("_")}
     heads = _divisor_of_heads(fields) if few_heads else 1
     by = _divisor_of_head_widths(fields, head_width) if head_width else 1
+    # Some scaled rotary embeddings take the ratio of two lengths; those have no such buffers.
+    keep_positions = "original_max_position" in repr(fields)
     for name, value in fields.items():
         small = _small_value(name, value, heads, by)
+        if MOST_POSITIONS.match(name) and not keep_positions and _is_count(value):
+            small = min(value, POSITIONS)
         if small != value:
             setattr(part, name, small)
     for overrides in per_layer(part).values():
@@ -192,7 +198,8 @@ def cut_depth(config: Any, **options: Any) -> None:
     if name is None:
         return
     depth = getattr(text, name)
-    kinds = _kinds(config, depth, **options)
+    stacks, lists = _layered(config, depth, **options)
+    kinds = _kinds(config, stacks, lists, **options)
     if len(kinds) != depth:
         return
     keep = max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
@@ -201,7 +208,7 @@ def cut_depth(config: Any, **options: Any) -> None:
     trial = copy.deepcopy(config)
     _keep_layers(trial.get_text_config(), name, keep)
     try:
-        same = set(_kinds(trial, keep, **options)) == set(kinds)
+        same = set(_kinds(trial, stacks, lists, **options)) == set(kinds)
     except Exception:  # a config's own checks of how its numbers fit together
         return
     if same:
@@ -211,38 +218,49 @@ def cut_depth(config: Any, **options: Any) -> None:
 def _keep_layers(text: Any, name: str, keep: int) -> None:
     depth = getattr(text, name)
     for field, value in list(vars(text).items()):
-        if _is_per_layer(value, depth):
-            setattr(text, field, value[:keep])
-        elif _numbers_layers(field, value):
+        if _numbers_layers(field, value):
             setattr(text, field, [v for v in value if v < keep])
+        elif isinstance(value, (list, tuple)) and len(value) == depth:
+            setattr(text, field, value[:keep])
     overrides = per_layer(text)
     for number in [n for n in overrides if n >= keep]:
         del overrides[number]
     setattr(text, name, keep)
 
 
-def _is_per_layer(value: Any, depth: int) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == depth
-
-
 def _numbers_layers(field: str, value: Any) -> bool:
-    """A list such as attn_layer_indices."""
-    numbers = isinstance(value, (list, tuple)) and value and all(_is_count(v) or v == 0 for v in value)
-    return bool(numbers) and ("layer" in field or "idx" in field)
+    """A list such as attn_layer_indices, in rising order."""
+    if not isinstance(value, (list, tuple)) or not value or not all(_is_count(v) or v == 0 for v in value):
+        return False
+    return ("layer" in field or "idx" in field) and list(value) == sorted(set(value))
 
 
-def _kinds(config: Any, depth: int, **options: Any) -> list[str]:
-    """What each layer is made of: its modules' classes and plain settings, and what the config says of it."""
+def _skeleton(config: Any, **options: Any) -> PreTrainedModel:
+    """The model without memory."""
     with torch.device("meta"):
-        network = _from_config(config, **options)
-    stacks = [m for m in network.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+        return _from_config(config, **options)
+
+
+def _layered(config: Any, depth: int, **options: Any) -> tuple[list[str], list[str]]:
+    """What there is once a layer: the paths of modules, and the config's fields."""
+    modules = _skeleton(config, **options).named_modules()
+    stacks = [path for path, m in modules if isinstance(m, nn.ModuleList) and len(m) == depth]
+    fields = vars(config.get_text_config()).items()
+    lists = [(name, value) for name, value in fields if isinstance(value, (list, tuple))]
+    return stacks, [n for n, value in lists if len(value) == depth and not _numbers_layers(n, value)]
+
+
+def _kinds(config: Any, stacks: list[str], lists: list[str], **options: Any) -> list[str]:
+    """What each layer is made of: its modules' classes and plain settings, and what the config says of it."""
     if not stacks:
         return []
-    kinds = ["; ".join(map(_kind, layers)) for layers in zip(*stacks, strict=True)]
-    for field, value in vars(config.get_text_config()).items():
-        if _is_per_layer(value, depth):
-            kinds = [f"{kind}; {field} {one}" for kind, one in zip(kinds, value, strict=True)]
-        elif _numbers_layers(field, value):
+    network, text = _skeleton(config, **options), vars(config.get_text_config())
+    layers: list[Any] = [network.get_submodule(path) for path in stacks]
+    kinds = ["; ".join(map(_kind, parts)) for parts in zip(*layers, strict=True)]
+    for field in lists:
+        kinds = [f"{kind}; {field} {one}" for kind, one in zip(kinds, text[field], strict=True)]
+    for field, value in text.items():
+        if _numbers_layers(field, value):
             kinds = [f"{kind}; {field} {n in value}" for n, kind in enumerate(kinds)]
     return kinds
 

@@ -135,7 +135,8 @@ def _not_plain(network: nn.Module) -> list[str] | None:
     """
     found = []
     for path, module in network.named_modules():
-        if hasattr(module, "A_log") and isinstance(getattr(module, "out_proj", None), nn.Linear):
+        mixer = hasattr(module, "A_log") and hasattr(module, "D")
+        if mixer and isinstance(getattr(module, "out_proj", None), nn.Linear):
             found.append(f"{path}.out_proj")
         if type(module).__module__.startswith("transformers.") and isinstance(module, nn.Linear):
             found += [] if _gives_a_product(module) else [path]

@@ -55,8 +55,11 @@ def branch_attention(
     if branch_layout is None:
         raise ValueError(f"{NAME} attends to packed branches: pass branch_layout, or set another attention")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    query = _by_position(module, query, branch_layout)
     special = softcap is not None or s_aux is not None
-    if query.is_cuda and s_aux is None and flash_takes(query.dtype, key.shape[-1], value.shape[-1]):
+    chunk = _chunk(module, query.shape[2])
+    plain = chunk is None and s_aux is None
+    if query.is_cuda and plain and flash_takes(query.dtype, key.shape[-1], value.shape[-1]):
         attend = flash_call(softcap is not None)
         if attend is not None:
             return _flash(attend, query, key, value, branch_layout, scale, sliding_window, softcap), None
@@ -68,13 +71,43 @@ def branch_attention(
     for n, block in enumerate(blocks):
         q, k, v = queries[n], _with_prefix(block, n, keys), _with_prefix(block, n, values)
         if special:
-            mask = branch_layout.mask(block, window)
+            mask = branch_layout.mask(block, window, chunk)
             outputs.append(_explicit(q, k, v, mask, scale, softcap, s_aux))
-        elif block.causal and window is None:
+        elif block.causal and window is None and chunk is None:
             outputs.append(_sdpa(q, k, v, None, scale))
         else:
-            outputs.append(_sdpa(q, k, v, branch_layout.mask(block, window), scale))
-    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1), None
+            outputs.append(_sdpa(q, k, v, branch_layout.mask(block, window, chunk), scale))
+    # Joined so that the result is contiguous: some models view it.
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1).contiguous(), None
+
+
+def _chunk(module: torch.nn.Module, tokens: int) -> int | None:
+    """The width of a layer's attention chunks, which transformers puts into its mask only (Llama 4)."""
+    config: Any = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if types is None or types[module.layer_idx] != "chunked_attention":  # pyright: ignore[reportArgumentType]
+        return None
+    return config.attention_chunk_size if config.attention_chunk_size < tokens else None
+
+
+def _by_position(module: torch.nn.Module, query: Tensor, layout: BranchLayout) -> Tensor:
+    """Queries whose scale grows with the position, where the model took the place in the batch for it.
+
+    Llama 4 tunes the temperature of layers without rotary embeddings: ln(1 + ⌊(n + 1) / floor_scale⌋) ·
+    attn_scale + 1 at place n.
+    """
+    tuned: Any = module
+    if not getattr(module, "attn_temperature_tuning", False) or getattr(module, "use_rope", True):
+        return query
+    place = torch.arange(query.shape[2], device=query.device)
+    if query.shape[2] < tuned.floor_scale:
+        return query
+
+    def scale(n: Tensor) -> Tensor:
+        n = n.to(torch.promote_types(query.dtype, torch.float32))
+        return torch.log1p(torch.floor((n + 1.0) / tuned.floor_scale)) * tuned.attn_scale + 1.0
+
+    return query * (scale(layout.position) / scale(place)).to(query.dtype)[:, None]
 
 
 def _with_prefix(block: Block, n: int, parts: Sequence[Tensor]) -> Tensor:

@@ -13,12 +13,21 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lora_dpo.tokenization import Branches
+
+Way = Literal["shared", "shared by mask", "packed", "packed by mask", "padded", "single"]
+"""How a micro-batch runs through a model, from the cheapest to what is right for every causal decoder.
+
+"shared": each prefix once, the layout as an argument of the forward call. "shared by mask": the same under an
+explicit mask, for models that drop such arguments. "packed": every sequence whole, told apart by its
+positions, "packed by mask" by a mask. "padded": every sequence is a row. "single": one sequence at a time.
+"""
 
 MERGED_TOKENS = 192
 """Short examples are attended to together, under one mask, up to this many tokens."""
@@ -49,7 +58,7 @@ class BranchLayout:
     def __init__(self, example: Tensor, branch: Tensor, position: Tensor, lengths: Sequence[tuple[int, ...]]):
         self.example, self.branch, self.position = example, branch, position
         self.lengths = tuple(lengths)
-        self._masks: dict[tuple[Block, int | None], Tensor] = {}
+        self._masks: dict[tuple[Block, int | None, int | None], Tensor] = {}
 
     def to(self, device: torch.device) -> BranchLayout:
         if self.example.device == device:
@@ -101,11 +110,26 @@ class BranchLayout:
         cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in (queries, keys))
         return _sent(index, device), _sent(cu_q, device), _sent(cu_k, device), max(queries), max(keys)
 
-    def mask(self, block: Block, window: int | None) -> Tensor:
-        """bool [queries, keys]: who may be seen. A window of W holds the token itself and the W − 1
-        before.
+    @cached_property
+    def sequences(self) -> tuple[Tensor, ...]:
+        """Where each sequence's tokens lie, its prefix first: int64 [its length], an example's sides in
+        order.
         """
-        key = (block, window)
+        found, start = [], 0
+        for prefix, *rests in self.lengths:
+            rest_start = start + prefix
+            for rest in rests:
+                parts = torch.arange(start, start + prefix), torch.arange(rest_start, rest_start + rest)
+                found.append(torch.cat(parts).to(self.example.device))
+                rest_start += rest
+            start = rest_start
+        return tuple(found)
+
+    def mask(self, block: Block, window: int | None, chunk: int | None = None) -> Tensor:
+        """bool [queries, keys]: who may be seen. A window of W holds the token itself and the W − 1
+        before; with chunks of C positions a token sees its own chunk only.
+        """
+        key = (block, window, chunk)
         if key not in self._masks:
             keys = torch.cat([torch.arange(*span, device=self.example.device) for span in block.key_spans])
             queries = slice(block.start, block.stop)
@@ -115,6 +139,8 @@ class BranchLayout:
             seen &= (branch == 0) | (branch == self.branch[queries, None])
             if window is not None:
                 seen &= distance < window
+            if chunk is not None:
+                seen &= self.position[queries, None] // chunk == self.position[None, keys] // chunk
             self._masks[key] = seen
         return self._masks[key]
 
@@ -223,20 +249,51 @@ def _int64(parts: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
-def pack(branches: Sequence[Branches], tokens_per_microbatch: int) -> list[MicroBatch]:
-    """A step's examples in few micro-batches of at most that many tokens (first fit, longest first).
+class Size(NamedTuple):
+    """What examples cost: packed tokens, and rows × longest where every sequence is a row."""
 
-    An example is the smallest unit: one longer than the budget gets a micro-batch of its own.
+    tokens: int = 0
+    rows: int = 0
+    longest: int = 0
+
+    @classmethod
+    def of(cls, item: Branches, way: Way) -> Size:
+        lengths = [len(item.prefix) + len(rest) for rest in item.rests]
+        tokens = item.tokens if way.startswith("shared") else sum(lengths)
+        return cls(tokens, len(lengths), max(lengths))
+
+    def with_(self, other: Size) -> Size:
+        longest = max(self.longest, other.longest)
+        return Size(self.tokens + other.tokens, self.rows + other.rows, longest)
+
+    def cost(self, way: Way) -> int:
+        return self.rows * self.longest if way == "padded" else self.tokens
+
+
+def cost(branches: Sequence[Branches], way: Way = "shared") -> int:
+    """How many tokens the model computes, padding included, when these run as one micro-batch this way."""
+    total = Size()
+    for item in branches:
+        total = total.with_(Size.of(item, way))
+    return total.cost(way)
+
+
+def pack(branches: Sequence[Branches], tokens_per_microbatch: int, way: Way = "shared") -> list[MicroBatch]:
+    """A step's examples in few micro-batches that cost at most that many tokens (first fit, longest first).
+
+    way: how they will run (`Model.way`). An example is the smallest unit: one that costs more than the
+    budget gets a micro-batch of its own.
     """
-    bins: list[tuple[int, list[int]]] = []
-    for example in sorted(range(len(branches)), key=lambda n: (-branches[n].tokens, n)):
-        size = branches[example].tokens
+    sizes = [Size.of(item, way) for item in branches]
+    bins: list[tuple[Size, list[int]]] = []
+    for example in sorted(range(len(branches)), key=lambda n: (-sizes[n].cost(way), n)):
         for n, (used, members) in enumerate(bins):
-            if used + size <= tokens_per_microbatch:
-                bins[n] = (used + size, [*members, example])
+            together = used.with_(sizes[example])
+            if together.cost(way) <= tokens_per_microbatch:
+                bins[n] = (together, [*members, example])
                 break
         else:
-            bins.append((size, [example]))
+            bins.append((sizes[example], [example]))
     return [collate([branches[n] for n in members], members) for _, members in bins]
 
 

@@ -107,7 +107,7 @@ def all_logprobs(
     reference = torch.zeros_like(policy)
     lengths = torch.zeros(policy.shape, dtype=torch.int64)
     with torch.no_grad(), without_dropout(model):
-        for batch in pack(branches, tokens_per_microbatch):
+        for batch in pack(branches, tokens_per_microbatch, model.way):
             rows = list(batch.examples)
             part = batch_logprobs(model, objective, batch.to(model.device), cache)
             policy[rows] = part.policy.cpu().double()

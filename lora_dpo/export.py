@@ -23,7 +23,7 @@ from lora_dpo.batching import pack
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.finished import FinishedRun
 from lora_dpo.logprobs import token_logprobs
-from lora_dpo.model import Model, as_reference, load_base, load_config, without_dropout
+from lora_dpo.model import Model, as_reference, load_config, load_model, without_dropout
 from lora_dpo.recipe import Base
 from lora_dpo.run_directory import RunDirectory, write_folder, write_text
 
@@ -184,8 +184,7 @@ def verify_merged(
     trained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
     with as_reference(run.model):
         untrained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
-    network = load_base(base)
-    reloaded = Model(network, run.model.tokenizer, network.dtype)
+    reloaded = load_model(base)
     gap = (_token_logprobs(reloaded, held_out, run.tokens_per_microbatch) - trained).abs()
     update = (trained - untrained).abs().mean().item()
     result = MergeDifference(len(gap), gap.mean().item(), gap.max().item(), update)
@@ -203,5 +202,5 @@ def _crowded(model: Model, folder: Path) -> bool:
 
 def _token_logprobs(model: Model, branches: list, tokens_per_microbatch: int) -> Tensor:
     with torch.no_grad(), without_dropout(model):
-        batches = pack(branches, tokens_per_microbatch)
+        batches = pack(branches, tokens_per_microbatch, model.way)
         return torch.cat([token_logprobs(model, batch.to(model.device)).cpu() for batch in batches])

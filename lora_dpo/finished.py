@@ -11,7 +11,7 @@ from typing import Any
 
 from lora_dpo.errors import DataError, RunError
 from lora_dpo.evaluation import Evaluation, evaluate
-from lora_dpo.model import Model, load_adapter, load_base, load_tokenizer
+from lora_dpo.model import Model, load_adapter, load_model, load_tokenizer
 from lora_dpo.preferences import Demonstration, Preference
 from lora_dpo.recipe import Recipe, load_recipe, override
 from lora_dpo.run_directory import RunDirectory, write_text
@@ -70,8 +70,7 @@ def open_finished(
         if need_data:
             raise DataError(f"{error} (--data FILE evaluates on other rows)") from error
         held_out = HeldOut([], [], chat_tokenizer(tokenizer, recipe.data))
-    network = load_base(recipe.base)
-    model = load_adapter(Model(network, tokenizer, network.dtype), str(directory.adapter_folder))
+    model = load_adapter(load_model(recipe.base), str(directory.adapter_folder))
     return FinishedRun(directory, recipe, model, held_out)
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lora_dpo.batching import MicroBatch
 from lora_dpo.model import Model
+from lora_dpo.ways import scored_hidden
 
 HEAD_BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}
 """What a chunk of logits in float32 may take: on the CPU, what stays in its cache between two passes."""
@@ -38,11 +39,14 @@ class LogitTransform:
 
     @classmethod
     def of(cls, config: Any) -> LogitTransform:
-        """From a transformers config: Granite divides, Cohere multiplies, Gemma 2 caps."""
+        """From a transformers config: Granite divides, Cohere and Falcon-H1 multiply, Gemma 2 caps."""
         text = config.get_text_config()
         scale = float(getattr(text, "logit_scale", None) or 1.0)
+        scale *= float(getattr(text, "lm_head_multiplier", None) or 1.0)
         scale /= float(getattr(text, "logits_scaling", None) or 1.0)
-        return cls(scale, getattr(text, "final_logit_softcapping", None))
+        names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+        caps = (getattr(text, name, None) for name in names)
+        return cls(scale, next((cap for cap in caps if cap), None))
 
     def __call__(self, logits: Tensor) -> Tensor:
         scaled = logits * self.scale if self.scale != 1.0 else logits
@@ -63,7 +67,8 @@ def token_logprobs(model: Model, batch: MicroBatch, *, head_bytes: int | None = 
     head_bytes: what a chunk of logits may take; by itself it suits the device.
     """
     with model.autocast():
-        hidden = hidden_states(model, batch)[batch.score_positions]
+        with model.saving():
+            hidden = scored_hidden(model.causal, batch, model.way)
         transform = LogitTransform.of(model.causal.config)
         rows = chunk_rows(model) if head_bytes is None else max(1, head_bytes // (4 * vocabulary(model)))
         if head_is_frozen(model):
@@ -71,18 +76,6 @@ def token_logprobs(model: Model, batch: MicroBatch, *, head_bytes: int | None = 
             arguments = (hidden.to(weight.dtype), weight, bias, batch.targets, transform, rows)
             return _FrozenHead.apply(*arguments)  # pyright: ignore[reportReturnType]
         return _trainable_head(model, hidden, batch.targets, transform, rows)
-
-
-def hidden_states(model: Model, batch: MicroBatch) -> Tensor:
-    """The backbone's last hidden states, [T, D]."""
-    with model.saving():
-        output = model.causal.base_model(
-            input_ids=batch.token_ids[None],
-            position_ids=batch.positions[None],
-            branch_layout=batch.layout,
-            use_cache=False,
-        )
-    return output.last_hidden_state[0]
 
 
 def chunk_rows(model: Model) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
@@ -23,14 +24,18 @@ def greedy(
     """The most likely response to each prompt, token by token, as ids without the stop token.
 
     prompts: token ids, each ending where the response begins. reference: with the adapters off. Prompts of
-    like length are batched together, padded on the left and masked.
+    like length are batched together, padded on the left and masked; of the same length only, where the model
+    has recurrent layers, say, and is not run under masks either.
     """
     responses: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
+    groups = [order]
+    if model.way in ("padded", "single"):
+        groups = [list(same) for _, same in itertools.groupby(order, key=lambda n: len(prompts[n]))]
+    batches = [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
     role = as_reference(model) if reference else nullcontext()
     with generating(model), role:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
+        for rows in batches:
             made = _generate(model, [prompts[n] for n in rows], stop_ids, max_new_tokens)
             for n, ids in zip(rows, made, strict=True):
                 responses[n] = ids

@@ -73,7 +73,7 @@ def main() -> None:
         pairs = [train[n] for n in sampler.step(step)]
         sums = {"loss": 0.0, "rewards/margin": 0.0, "rewards/accuracy": 0.0}
         # The step's pairs lie end to end, without padding, in as few micro-batches as fit.
-        for batch in pack(pairs, args.tokens):
+        for batch in pack(pairs, args.tokens, model.way):
             batch = batch.to(model.device)
             # Adapters off, no gradient: the same weights are the reference. A second model is never loaded.
             reference = batch.per_sequence(reference_logprobs(model, batch))

@@ -87,6 +87,7 @@ def float64_throughout():
     """
     with (
         mock.patch.object(torch, "float32", torch.float64),
+        mock.patch.object(torch, "float", torch.float64),
         mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
     ):
         yield

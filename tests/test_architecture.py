@@ -18,6 +18,8 @@ LAYERS = [
     ["tokenization"],
     ["batching"],
     ["attention"],
+    ["ways"],
+    ["probe"],
     ["model"],
     ["logprobs"],
     ["reference"],

@@ -165,7 +165,8 @@ def test_preflight_passes_and_leaves_the_adapter_as_it_was(small_model: Path):
     before = {name: p.detach().clone() for name, p in model.trainable.items()}
     said: list[str] = []
     preflight(model, DPO(), branches(), examples_per_step=4, tokens_per_microbatch=200, say=said.append)
-    assert len(said) == 5
+    assert len(said) == 6
+    assert said[0].startswith("llama: prefixes shared (float64 probe:")
     assert all(torch.equal(before[name], p) for name, p in model.trainable.items())
     assert all(p.grad is None for p in model.network.parameters())
 
@@ -183,8 +184,8 @@ def test_preflight_refuses_a_base_that_trains(small_model: Path):
         preflight(model, DPO(), branches(), examples_per_step=4, tokens_per_microbatch=200)
 
 
-def test_preflight_refuses_an_architecture_whose_branches_see_each_other():
-    """A recurrent layer carries one branch's state into the next."""
+def test_preflight_refuses_a_model_that_is_run_the_wrong_way():
+    """A recurrent layer carries one branch's state into the next; here nobody probed."""
     from transformers import Mamba2Config
 
     from lora_dpo.model import add_adapter
@@ -202,7 +203,7 @@ def test_preflight_refuses_an_architecture_whose_branches_see_each_other():
 
     network = build(config).requires_grad_(False)
     model = add_adapter(Model(network, None, torch.float32), Adapter(rank=4, targets=("in_proj",)))  # pyright: ignore
-    with pytest.raises(PreflightError, match="can't be packed"):
+    with pytest.raises(PreflightError, match="wrong when run 'shared'"):
         preflight(model, DPO(), branches(), examples_per_step=4, tokens_per_microbatch=200)
 
 

@@ -19,17 +19,24 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from lora_dpo.attention import NAME as BRANCH_ATTENTION
+from lora_dpo.batching import Way
 from lora_dpo.errors import ModelError
 from lora_dpo.model.fused import check_fused_kernels, fuse_kernels
+from lora_dpo.probe import Verdict, probe, without_noise
 from lora_dpo.recipe import Base
 
 if not sys.stderr.isatty():
     hf_logging.disable_progress_bar()  # in a log file its redrawn bars are noise
 
 
-def load_base(base: Base) -> PreTrainedModel:
+def verdict_on(base: Base) -> Verdict:
+    """The way that micro-batches run through this base, by a probe of its architecture."""
+    return probe(load_config(base), trust_remote_code=base.trust_remote_code)
+
+
+def load_base(base: Base, way: Way = "shared") -> PreTrainedModel:
     """The frozen base in memory, quantized as asked, in train mode for ever, with no dropout and no
-    gradients.
+    gradients, and with the attention that `way` relies on.
 
     Raises ModelError where it cannot be had.
     """
@@ -46,7 +53,7 @@ def load_base(base: Base) -> PreTrainedModel:
         dtype=dtype,
         device_map={"": device},
         quantization_config=quantization_config(base, dtype),
-        attn_implementation=BRANCH_ATTENTION,
+        **({"attn_implementation": BRANCH_ATTENTION} if way == "shared" else {}),
     )
     for parameter in network.parameters():
         parameter.requires_grad_(False)
@@ -120,15 +127,6 @@ def quantization_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig | 
         bnb_4bit_use_double_quant=base.double_quantization,
         bnb_4bit_compute_dtype=dtype,
     )
-
-
-def without_noise(config: Any) -> None:
-    """Zero every dropout rate and router jitter: the base stays in train mode, and must be one function."""
-    for part in (config, config.get_text_config()):
-        for name, value in vars(part).items():
-            noisy = "drop" in name or "jitter" in name
-            if noisy and isinstance(value, float) and value:
-                setattr(part, name, 0.0)
 
 
 def never_repack(network: torch.nn.Module) -> None:

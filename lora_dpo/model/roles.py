@@ -17,12 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from lora_dpo.attention import NAME as BRANCH_ATTENTION
+from lora_dpo.batching import Way
 from lora_dpo.errors import ModelError
-from lora_dpo.model.base import load_base, load_tokenizer
+from lora_dpo.model.base import load_base, load_tokenizer, verdict_on
 from lora_dpo.model.low_rank import add_in_place
 from lora_dpo.model.offload import OffloadedActivations
+from lora_dpo.probe import ASSUMED, Verdict
 from lora_dpo.recipe import Adapter, Base
+from lora_dpo.ways import use_attention
 
 
 @dataclass(eq=False)
@@ -30,14 +32,19 @@ class Model:
     """A causal language model with, or without, an adapter on it.
 
     network: what is called. tokenizer: its tokenizer. compute_dtype: what matrix products run in.
-    offloading: what
-    a forward pass saves for the backward pass waits in host memory.
+    verdict: the way that micro-batches run through it, and why. offloading: what a forward pass saves for the
+    backward pass waits in host memory.
     """
 
     network: PreTrainedModel | PeftModel
     tokenizer: PreTrainedTokenizerBase
     compute_dtype: torch.dtype
+    verdict: Verdict = ASSUMED
     offloading: bool = False
+
+    @property
+    def way(self) -> Way:
+        return self.verdict.way
 
     @cached_property
     def causal(self) -> PreTrainedModel:
@@ -100,10 +107,11 @@ class Model:
 
 
 def load_model(base: Base, adapter: Adapter | None = None, *, seed: int = 0) -> Model:
-    """The base with a fresh adapter, whose initial values are a function of the seed."""
+    """The base with a fresh adapter, whose initial values are a function of the seed; or without one."""
     tokenizer = load_tokenizer(base)
-    network = load_base(base)
-    model = Model(network, tokenizer, network.dtype)
+    verdict = verdict_on(base)
+    network = load_base(base, verdict.way)
+    model = Model(network, tokenizer, network.dtype, verdict)
     return model if adapter is None else add_adapter(model, adapter, seed=seed)
 
 
@@ -119,6 +127,7 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
         lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=adapter.dropout,
         target_modules=targets,
+        exclude_modules=_not_plain(model.causal) if targets == "all-linear" else None,
         # GPT-2's Conv1D keeps its weight transposed; quantized, it is an ordinary linear layer.
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.causal.modules()),
     )
@@ -134,6 +143,31 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
     adapted = with_adapter(network, model)
     _refuse_unmergeable(adapted)
     return adapted
+
+
+def _not_plain(network: nn.Module) -> list[str] | None:
+    """Linear layers that "all-linear" leaves out, by path: not a product y = W x, or read past the module.
+
+    Mamba's fused kernels take the weight of the mixer's out_proj itself, so an adapter there would be lost on
+    CUDA; a router that is a subclass of a linear layer gives something else than its product (Llama 4).
+    """
+    found = []
+    for path, module in network.named_modules():
+        mixer = hasattr(module, "A_log") and hasattr(module, "D")
+        if mixer and isinstance(getattr(module, "out_proj", None), nn.Linear):
+            found.append(f"{path}.out_proj")
+        if type(module).__module__.startswith("transformers.") and isinstance(module, nn.Linear):
+            found += [] if _gives_a_product(module) else [path]
+    return found or None
+
+
+def _gives_a_product(module: nn.Linear) -> bool:
+    with torch.no_grad():
+        try:
+            out: Any = module(module.weight.new_zeros(1, module.in_features))
+        except (RuntimeError, ValueError, TypeError):
+            return False
+    return isinstance(out, torch.Tensor) and out.shape == (1, module.out_features)
 
 
 def _refuse_unmergeable(model: Model) -> None:
@@ -156,7 +190,7 @@ def load_adapter(model: Model, folder: str) -> Model:
 
 
 def with_adapter(network: PeftModel, model: Model) -> Model:
-    adapted = Model(network, model.tokenizer, model.compute_dtype)  # pyright: ignore[reportArgumentType]
+    adapted = Model(network, model.tokenizer, model.compute_dtype, model.verdict)  # pyright: ignore[reportArgumentType]
     network.train()
     _ = adapted.trainable  # fixed here: what requires a gradient now is what may ever get one
     for layer in adapted.adapter_layers:
@@ -210,11 +244,11 @@ def generating(model: Model) -> Iterator[None]:
     """For `generate`: the model's own attention with its mask and cache, no checkpointing, no dropout."""
     for layer in model.checkpointed_layers:
         layer.training = False
-    model.causal.set_attn_implementation("sdpa" if model.causal._supports_sdpa else "eager")
+    use_attention(model.causal, "single")  # its own
     try:
         with torch.no_grad(), without_dropout(model), model.autocast():
             yield
     finally:
-        model.causal.set_attn_implementation(BRANCH_ATTENTION)
+        use_attention(model.causal, model.way)
         for layer in model.checkpointed_layers:
             layer.training = True

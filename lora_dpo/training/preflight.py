@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lora_dpo.batching import MicroBatch, collate, pack
+from lora_dpo.batching import MicroBatch, collate, cost, pack
 from lora_dpo.errors import PreflightError
 from lora_dpo.evaluation import batch_logprobs
 from lora_dpo.logprobs import vocabulary
@@ -46,7 +46,8 @@ def preflight(
     Raises PreflightError, naming what is wrong and what to do.
     """
     few = sorted(branches, key=lambda item: item.tokens)[: min(4, len(branches))]
-    longest = max(branches, key=lambda item: item.tokens)
+    longest = max(branches, key=lambda item: cost([item], model.way))
+    say(f"{model.causal.config.model_type}: {model.verdict}")
     batch = collate(few, range(len(few))).to(model.device)
     try:
         with without_dropout(model):
@@ -62,20 +63,20 @@ def preflight(
         say(_check_longest(model, objective, branches, examples_per_step, tokens_per_microbatch))
     except torch.OutOfMemoryError as error:
         raise PreflightError(
-            f"the longest example ({longest.tokens} tokens, {longest.where}) does not fit in memory: lower"
-            " data.max_tokens, or set training.gradient_checkpointing=offload"
+            f"the longest example ({cost([longest], model.way)} tokens, {longest.where}) does not fit in"
+            " memory: lower data.max_tokens, or set training.gradient_checkpointing=offload"
         ) from error
     finally:
         model.network.zero_grad(set_to_none=True)
 
 
 def _check_runs(model: Model, batch: MicroBatch) -> None:
-    """The architecture takes packed tokens with a branch layout at all."""
+    """The real model runs the way that its small copy did."""
     try:
         reference_logprobs(model, batch)
     except (ValueError, TypeError, AttributeError) as error:
         kind = model.causal.config.model_type
-        raise PreflightError(f"{kind} models can't be packed yet: {error}") from error
+        raise PreflightError(f"this {kind} model does not run {model.way!r}: {error}") from error
 
 
 def _check_start(model: Model, objective: Objective, batch: MicroBatch) -> str:
@@ -94,7 +95,7 @@ def _check_start(model: Model, objective: Objective, batch: MicroBatch) -> str:
 
 
 def _check_packing(model: Model, item: Branches) -> str:
-    """Packed branches agree with each sequence by itself under the model's own attention, head included."""
+    """The model's way agrees with each sequence by itself under its own attention, head included."""
     batch = collate([item], [0]).to(model.device)
     packed = reference_logprobs(model, batch)
     with generating(model), as_reference(model):
@@ -102,10 +103,10 @@ def _check_packing(model: Model, item: Branches) -> str:
     difference = (packed - alone).abs().mean().item()
     if not difference <= TOLERANCE[model.compute_dtype]:
         raise PreflightError(
-            f"{model.causal.config.model_type} models can't be packed yet: log-probs differ by"
-            f" {difference:.3g} nats a token from one sequence at a time"
+            f"this {model.causal.config.model_type} model is wrong when run {model.way!r}: log-probs differ"
+            f" by {difference:.3g} nats a token from one sequence at a time"
         )
-    return f"packed branches agree with single sequences to {difference:.1g} nats a token"
+    return f"micro-batches agree with single sequences to {difference:.1g} nats a token"
 
 
 def _alone(model: Model, item: Branches, side: int) -> Tensor:
@@ -120,6 +121,8 @@ def _alone(model: Model, item: Branches, side: int) -> Tensor:
 
 def _check_isolation(model: Model, items: Sequence[Branches]) -> str:
     """Changing one branch leaves every other one's log-probs as they were, to the bit."""
+    if model.way in ("padded", "single"):
+        return "every response is a row of its own"
     batch = collate(items, range(len(items))).to(model.device)
     changed = _with_first_rest_changed(batch, vocabulary(model))
     if changed is None:
@@ -130,8 +133,8 @@ def _check_isolation(model: Model, items: Sequence[Branches]) -> str:
     allowed = 0.05 if _has_experts(model) else 0.0
     if leak > allowed:
         raise PreflightError(
-            f"{model.causal.config.model_type} models can't be packed yet: what one branch holds changes"
-            f" another's log-probs by {leak:.3g} nats (recurrent layers, or attention of their own)"
+            f"this {model.causal.config.model_type} model is wrong when run {model.way!r}: what one branch"
+            f" holds changes another's log-probs by {leak:.3g} nats"
         )
     return "branches don't see each other"
 
@@ -231,20 +234,24 @@ def _check_longest(
 
     Raises PreflightError where the longest one does not fit; a fuller one may fail, training packs smaller.
     """
-    by_size = sorted(branches, key=lambda item: -item.tokens)
+    way = model.way
+    by_size = sorted(branches, key=lambda item: -cost([item], way))
     longest = by_size[0]
-    fullest = max(pack(by_size[:examples], budget), key=lambda batch: batch.tokens)
+    batches = pack(by_size[:examples], budget, way)
+    sizes = [cost([by_size[n] for n in batch.examples], way) for batch in batches]
+    size, fullest = max(zip(sizes, batches, strict=True), key=lambda pair: pair[0])
+    tokens = cost([longest], way)
     # What the optimizer will hold: two moments for each parameter.
     moments = [torch.empty_like(p) for p in model.trainable.values() for _ in range(2)]
     _forward_and_backward(model, objective, collate([longest], [0]))
     if model.device.type == "cpu" or len(fullest.examples) == 1:
-        return f"the longest example ({longest.tokens} tokens) fits"
+        return f"the longest example ({tokens} tokens) fits"
     try:
         _forward_and_backward(model, objective, fullest)
     except torch.OutOfMemoryError:
         del moments
         return "a full micro-batch does not fit in memory; training will pack smaller ones"
-    return f"the longest example ({longest.tokens} tokens) fits, a micro-batch of {fullest.tokens} tokens too"
+    return f"the longest example ({tokens} tokens) fits, a micro-batch of {size} tokens too"
 
 
 def _forward_and_backward(model: Model, objective: Objective, batch: MicroBatch) -> None:

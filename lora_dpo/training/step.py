@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lora_dpo.batching import pack
+from lora_dpo.batching import cost, pack
 from lora_dpo.evaluation import batch_logprobs
 from lora_dpo.losses import Objective
 from lora_dpo.model import Model
@@ -63,10 +63,10 @@ def step_gradient(
         try:
             return _accumulate(model, objective, branches, count, budget, backward, cache)
         except torch.OutOfMemoryError:
-            longest = max(item.tokens for item in branches)
+            longest = max(cost([item], model.way) for item in branches)
             if budget <= longest:
                 raise
-            budget = max(longest, min(budget, sum(item.tokens for item in branches)) // 2)
+            budget = max(longest, min(budget, cost(branches, model.way)) // 2)
         # Outside the handler: its traceback holds the failed forward's activations.
         log.warning("out of memory: packing again with %d tokens a micro-batch", budget)
         gc.collect()
@@ -83,10 +83,10 @@ def _accumulate(
     backward: Callable[[Tensor], None],
     cache: ReferenceCache | None,
 ) -> StepSums:
-    tokens = sum(item.tokens for item in branches)
+    tokens = sum(cost([item], model.way) for item in branches)
     sums = StepSums(len(branches), tokens, torch.zeros((), device=model.device), tokens_per_microbatch=budget)
     before = 0 if cache is None else cache.hits
-    for batch in pack(branches, budget):
+    for batch in pack(branches, budget, model.way):
         loss = objective(batch_logprobs(model, objective, batch.to(model.device), cache))
         total = loss.per_example.sum() / count
         backward(total)

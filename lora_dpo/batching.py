@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
@@ -278,11 +278,13 @@ def cost(branches: Sequence[Branches], way: Way = "shared") -> int:
     return total.cost(way)
 
 
-def pack(branches: Sequence[Branches], tokens_per_microbatch: int, way: Way = "shared") -> list[MicroBatch]:
+def pack(
+    branches: Sequence[Branches], tokens_per_microbatch: int, way: Way = "shared"
+) -> Iterator[MicroBatch]:
     """A step's examples in few micro-batches that cost at most that many tokens (first fit, longest first).
 
     way: how they will run (`Model.way`). An example is the smallest unit: one that costs more than the
-    budget gets a micro-batch of its own.
+    budget gets a micro-batch of its own. Each is made when it is its turn, so that one is held at a time.
     """
     sizes = [Size.of(item, way) for item in branches]
     bins: list[tuple[Size, list[int]]] = []
@@ -294,7 +296,7 @@ def pack(branches: Sequence[Branches], tokens_per_microbatch: int, way: Way = "s
                 break
         else:
             bins.append((sizes[example], [example]))
-    return [collate([branches[n] for n in members], members) for _, members in bins]
+    return (collate([branches[n] for n in members], members) for _, members in bins)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ sizes = st.lists(
 def test_every_example_is_packed_once_without_padding_and_within_the_budget(shapes, budget: int):
     rng = np.random.default_rng(0)
     items = [random_branches(rng, prefix, rests) for prefix, rests in shapes]
-    batches = pack(items, budget)
+    batches = list(pack(items, budget))
     assert sorted(n for batch in batches for n in batch.examples) == list(range(len(items)))
     for batch in batches:
         assert batch.tokens == sum(items[n].tokens for n in batch.examples)

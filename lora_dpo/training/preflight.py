@@ -237,7 +237,7 @@ def _check_longest(
     way = model.way
     by_size = sorted(branches, key=lambda item: -cost([item], way))
     longest = by_size[0]
-    batches = pack(by_size[:examples], budget, way)
+    batches = list(pack(by_size[:examples], budget, way))
     sizes = [cost([by_size[n] for n in batch.examples], way) for batch in batches]
     size, fullest = max(zip(sizes, batches, strict=True), key=lambda pair: pair[0])
     tokens = cost([longest], way)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import hashlib
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache as remember
 
 import torch
 from torch import Tensor
@@ -93,10 +96,29 @@ def _accumulate(
         sums.loss += total.detach()
         for name, values in loss.metrics.items():
             sums.metrics[name] = sums.metrics.get(name, 0) + values.sum()
+        del batch, loss, total
+        give_back_freed(model.device)
     if cache is not None:
         read = torch.full((), cache.hits - before, device=model.device)
         sums.metrics["reference_cache/hit_rate"] = read
     return sums
+
+
+def give_back_freed(device: torch.device) -> None:
+    """On the CPU, give the system the memory that was freed: micro-batches differ in shape, and malloc would keep
+    the holes of each. A card's allocator reuses its blocks by itself.
+    """
+    trim = _malloc_trim() if device.type == "cpu" else None
+    if trim is not None:
+        trim(0)
+
+
+@remember
+def _malloc_trim() -> Callable[[int], int] | None:
+    """glibc's call; other systems give memory back by themselves, or have no such call."""
+    if not sys.platform.startswith("linux"):
+        return None
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def step_seed(seed: int, step: int, process: int = 0) -> int:

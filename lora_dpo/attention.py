@@ -59,7 +59,7 @@ def branch_attention(
     special = softcap is not None or s_aux is not None
     chunk = _chunk(module, query.shape[2])
     plain = chunk is None and s_aux is None
-    if query.is_cuda and plain and flash_takes(query.dtype, key.shape[-1], value.shape[-1]):
+    if query.is_cuda and plain and flash_takes(query.dtype, key.shape[-1], value.shape[-1], query.device):
         attend = flash_call(softcap is not None)
         if attend is not None:
             return _flash(attend, query, key, value, branch_layout, scale, sliding_window, softcap), None
@@ -148,12 +148,12 @@ def _explicit(
 
 
 @cache
-def flash_takes(dtype: torch.dtype, key_width: int, value_width: int) -> bool:
+def flash_takes(dtype: torch.dtype, key_width: int, value_width: int, device: torch.device) -> bool:
     """Whether flash attention takes these: half precision, equal widths, Ampere or newer."""
     half = dtype in (torch.bfloat16, torch.float16)
     if not half or key_width != value_width or key_width > 256 or key_width % 8:
         return False
-    return torch.cuda.get_device_capability() >= (8, 0)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache

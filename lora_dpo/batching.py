@@ -63,7 +63,7 @@ class BranchLayout:
     def to(self, device: torch.device) -> BranchLayout:
         if self.example.device == device:
             return self
-        moved = (_sent(t, device) for t in (self.example, self.branch, self.position))
+        moved = (sent(t, device) for t in (self.example, self.branch, self.position))
         return BranchLayout(*moved, lengths=self.lengths)
 
     @cached_property
@@ -108,7 +108,7 @@ class BranchLayout:
         queries = [block.stop - block.start for block in blocks]
         keys = [sum(stop - start for start, stop in block.key_spans) for block in blocks]
         cu_q, cu_k = (torch.tensor([0, *n]).cumsum(0).to(torch.int32) for n in (queries, keys))
-        return _sent(index, device), _sent(cu_q, device), _sent(cu_k, device), max(queries), max(keys)
+        return sent(index, device), sent(cu_q, device), sent(cu_k, device), max(queries), max(keys)
 
     @cached_property
     def sequences(self) -> tuple[Tensor, ...]:
@@ -145,7 +145,7 @@ class BranchLayout:
         return self._masks[key]
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on its way to a device. Pageable memory would wait for all that the card has still to do."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
@@ -192,7 +192,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         names = ("token_ids", "positions", "score_positions", "targets", "sequences")
-        moved = {name: _sent(getattr(self, name), device) for name in names}
+        moved = {name: sent(getattr(self, name), device) for name in names}
         return replace(self, layout=self.layout.to(device), **moved)
 
     def per_sequence(self, values: Tensor) -> Tensor:

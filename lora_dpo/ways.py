@@ -38,6 +38,11 @@ def backbone(network: PreTrainedModel) -> torch.nn.Module:
     return network.model if found is network else found  # pyright: ignore[reportReturnType]
 
 
+def has_experts(network: torch.nn.Module) -> bool:
+    """Mixtures of experts group the tokens of all sequences by expert: another grouping rounds otherwise."""
+    return any("experts" in name for name, _ in network.named_modules())
+
+
 def scored_hidden(network: PreTrainedModel, batch: MicroBatch, way: Way) -> Tensor:
     """The hidden states [S, D] that predict the scored tokens. The attention is the way's own already."""
     lengths = [prefix + rest for prefix, *rests in batch.layout.lengths for rest in rests]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from transformers import Gemma2Config, GPT2Config, MistralConfig, Qwen2Config, Q
 
 from lora_dpo import attention
 from lora_dpo.batching import collate, pack
+from lora_dpo.errors import ModelError
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.losses import DPO
 from lora_dpo.model.offload import OffloadedActivations
@@ -227,33 +229,45 @@ def test_a_softcap_is_never_given_to_a_kernel_that_does_not_know_it(monkeypatch:
     assert attention.flash_call.__wrapped__(False) is not None
 
 
-def gradient_under(checkpointing: str, activations: OffloadedActivations | None = None) -> torch.Tensor:
-    """The adapters' gradient with this level; on the CPU offloading stays off unless its store is given."""
+def gradient_under(checkpointing: str, saving: Callable[[], Any] | None = None) -> torch.Tensor:
+    """The adapters' gradient with this level; on the CPU offloading stays off unless it is forced."""
     branches = examples(6)
     model = float64_model(llama_config(num_hidden_layers=4))
     if checkpointing != "none":
         model.checkpoint_layers(offload=checkpointing == "offload")
-    if activations is not None:
-        model.saving = activations.saving
+    if saving is not None:
+        model.saving = saving
     batch = collate(branches, range(len(branches)))
     token_logprobs(model, batch).sum().backward()
     return gradient(model)
 
 
-def test_every_checkpointing_level_gives_the_same_gradient_to_the_bit():
+def test_every_checkpointing_level_gives_the_same_gradient_to_the_bit(monkeypatch: pytest.MonkeyPatch):
     """Under offload each layer's input, and little else, waits on the host, and nothing stays there."""
-    activations = OffloadedActivations(None, smallest=1)
     packed: list[tuple[int, ...]] = []
-    pack_one = activations._pack
-    activations._pack = lambda tensor: packed.append(tuple(tensor.shape)) or pack_one(tensor)
+    pack_one = OffloadedActivations._pack
+
+    def counting(self: OffloadedActivations, tensor: torch.Tensor) -> torch.Tensor | int:
+        packed.append(tuple(tensor.shape))
+        return pack_one(self, tensor)
+
+    monkeypatch.setattr(OffloadedActivations, "_pack", counting)
     expected = gradient_under("none")
     assert torch.equal(gradient_under("layers"), expected)
     assert torch.equal(gradient_under("offload"), expected)
-    assert packed == []
-    assert torch.equal(gradient_under("offload", activations), expected)
+    assert packed == [], "on the CPU there is nowhere else to go"
+    activations = OffloadedActivations(None, smallest=1)
+    assert torch.equal(gradient_under("offload", activations.saving), expected)
     inputs = (1, sum(item.tokens for item in examples(6)), 64)
     assert packed.count(inputs) >= 4 and len(activations._kept) <= 8, "four layers' inputs and the last norm"
     assert all(item is None for item in activations._kept)
+
+
+def test_a_model_that_cannot_recompute_its_layers_says_so():
+    model = float64_model(llama_config())
+    model.causal.supports_gradient_checkpointing = False
+    with pytest.raises(ModelError, match="gradient_checkpointing=none"):
+        model.checkpoint_layers()
 
 
 class Readings(TorchDispatchMode):

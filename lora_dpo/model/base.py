@@ -31,7 +31,11 @@ if not sys.stderr.isatty():
 
 def verdict_on(base: Base) -> Verdict:
     """The way that micro-batches run through this base, by a probe of its architecture."""
-    return probe(load_config(base), trust_remote_code=base.trust_remote_code)
+    config = load_config(base)
+    options: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
+    if getattr(config, "auto_map", None) and base.revision:
+        options["code_revision"] = base.revision  # the code that was read, not the newest
+    return probe(config, **options)
 
 
 def load_base(base: Base, way: Way = "shared") -> PreTrainedModel:
@@ -111,7 +115,8 @@ def pick_compute_dtype(base: Base, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if native else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
+    onednn = torch.backends.mkldnn.is_available()
+    return torch.bfloat16 if onednn and torch.ops.mkldnn._is_mkldnn_bf16_supported() else torch.float32
 
 
 def quantization_config(base: Base, dtype: torch.dtype) -> BitsAndBytesConfig | None:

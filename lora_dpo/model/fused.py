@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -27,6 +30,20 @@ def check_fused_kernels(device: torch.device) -> None:
 def fuse_kernels(network: PreTrainedModel) -> None:
     """Fuse RMSNorm, SwiGLU and RoPE; an architecture that Liger doesn't know stays as it is.
 
-    RoPE is replaced in the architecture's module, so every model of its kind in this process gets it.
+    Liger also rebinds names in the architecture's module, where every model of its kind would meet them:
+    classes are put back, and functions (RoPE) keep the plain one for tensors that are not on a card.
     """
+    module = sys.modules[type(network).__module__]
+    before = dict(vars(module))
     apply_liger_kernel(network, FUSED | OWN)
+    for name, plain in before.items():
+        fused = vars(module).get(name)
+        if fused is not plain:
+            setattr(module, name, plain if isinstance(plain, type) else _on_cuda(fused, plain))
+
+
+def _on_cuda(fused: Any, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def call(first: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        return (fused if first.is_cuda else plain)(first, *rest, **options)
+
+    return call

@@ -8,6 +8,7 @@ comes back in the backward pass one layer before it is wanted.
 
 from __future__ import annotations
 
+from collections import deque
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,7 @@ class OffloadedActivations:
         self._smallest = smallest
         self._stream = stream
         self._kept: list[_Kept | None] = []
+        self._leaving: deque[tuple[Tensor, Any]] = deque()
 
     def saving(self) -> AbstractContextManager[Any]:
         # A checkpointed layer saves its input under these hooks, and all within it under checkpoint's own.
@@ -51,30 +53,41 @@ class OffloadedActivations:
         parameter = isinstance(tensor, torch.nn.Parameter) or not tensor.is_floating_point()
         if parameter or tensor.nbytes < self._smallest:
             return tensor
-        pinned = tensor.is_cuda
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copied = None
         if self._stream is None:
             host.copy_(tensor)
-            copied = None
         else:
-            # Its producer has only been queued: the copy waits for it, and memory is reused after the copy.
+            # Its producer has only been queued: the copy waits for it.
             self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
             with torch.cuda.stream(self._stream):
                 host.copy_(tensor, non_blocking=True)
                 copied = self._stream.record_event()
-            tensor.record_stream(self._stream)
+            self._let_go(tensor, copied)
         self._kept.append(_Kept(host, tensor.device, copied))
         return len(self._kept) - 1
+
+    def _let_go(self, tensor: Tensor, copied: Any) -> None:
+        """Hold a tensor until the compute stream has waited for its copy, two layers on: by then it is done.
+
+        So its memory is used again in that stream's order. `record_stream` would wait for the host to notice,
+        which runs layers ahead.
+        """
+        self._leaving.append((tensor, copied))
+        if len(self._leaving) > 2:
+            oldest, event = self._leaving.popleft()
+            torch.cuda.current_stream(oldest.device).wait_event(event)
 
     def _unpack(self, saved: Tensor | int) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        while self._leaving:
+            last, event = self._leaving.popleft()
+            torch.cuda.current_stream(last.device).wait_event(event)
         kept = self._fetch(saved)
         assert kept is not None and kept.back is not None, "a backward pass ran twice over one forward pass"
         if self._stream is not None:
-            current = torch.cuda.current_stream(kept.device)
-            current.wait_stream(self._stream)
-            kept.back.record_stream(current)
+            torch.cuda.current_stream(kept.device).wait_stream(self._stream)
         self._kept[saved] = None
         # Queued behind what is wanted now, so that it arrives while this layer computes.
         if saved > 0:
@@ -86,10 +99,13 @@ class OffloadedActivations:
         kept = self._kept[index]
         if kept is None or kept.back is not None:
             return kept
+        # The compute stream's memory, so that it is used again in that stream's order.
+        kept.back = torch.empty_like(kept.host, device=kept.device, pin_memory=False)
         if self._stream is None:
-            kept.back = kept.host.to(kept.device)
+            kept.back.copy_(kept.host)
         else:
+            self._stream.wait_stream(torch.cuda.current_stream(kept.device))
             with torch.cuda.stream(self._stream):
                 self._stream.wait_event(kept.copied)
-                kept.back = kept.host.to(kept.device, non_blocking=True)
+                kept.back.copy_(kept.host, non_blocking=True)
         return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -95,7 +96,13 @@ class Model:
         """Recompute each layer in the backward pass (non-reentrant: keyword arguments and RNG are kept).
 
         offload: keep the layers' inputs in pinned host memory until then; on the CPU that would save nothing.
+        Raises ModelError where the architecture can't.
         """
+        if not self.causal.supports_gradient_checkpointing:
+            kind = self.causal.config.model_type
+            raise ModelError(
+                f"{kind} models can't recompute layers; use training.gradient_checkpointing=none"
+            )
         self.offloading = offload and self.device.type == "cuda"
         options = {"use_reentrant": False}
         # transformers 5.2x renamed it.
@@ -190,7 +197,7 @@ def load_adapter(model: Model, folder: str) -> Model:
 
 
 def with_adapter(network: PeftModel, model: Model) -> Model:
-    adapted = Model(network, model.tokenizer, model.compute_dtype, model.verdict)  # pyright: ignore[reportArgumentType]
+    adapted = dataclasses.replace(model, network=network)
     network.train()
     _ = adapted.trainable  # fixed here: what requires a gradient now is what may ever get one
     for layer in adapted.adapter_layers:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,9 +29,12 @@ from lora_dpo.batching import MicroBatch, Way, collate
 from lora_dpo.errors import RunError
 from lora_dpo.preferences import Where
 from lora_dpo.probe.small import small_models
-from lora_dpo.run_directory import write_text
+from lora_dpo.run_directory import cache_folder, write_text
 from lora_dpo.tokenization import Branches
-from lora_dpo.ways import scored_hidden, use_attention
+from lora_dpo.ways import has_experts, scored_hidden, use_attention
+
+PROBE = 1
+"""To be raised when a change of attention, ways or the probe may change a verdict: old ones are not read."""
 
 WAYS: tuple[Way, ...] = get_args(Way)
 TOLERANCE = 1e-4
@@ -87,7 +89,8 @@ def probe(config: Any, **options: Any) -> Verdict:
     if known is None:
         with _quiet():
             known = _probe(config, options)
-        _write(file, known)
+        if known.difference is not None:
+            _write(file, known)  # what could not be told may be told next time
     return known
 
 
@@ -155,7 +158,7 @@ def _try(network: PreTrainedModel, batch: MicroBatch, way: Way, truth: Tensor) -
     if not difference <= TOLERANCE:
         return f"off by {difference:.2g}", difference
     leak = (changed - logprobs)[batch.sequences != 0].abs().max().item()
-    if not leak <= (ROUNDING if _has_experts(network) else 0.0):
+    if not leak <= (ROUNDING if has_experts(network) else 0.0):
         return f"a rest moves another by {leak:.2g}", difference
     return None, difference
 
@@ -174,10 +177,6 @@ def _changed(batch: MicroBatch, which: Tensor) -> MicroBatch:
     low, high = 1, int(batch.token_ids.max())
     other = low + (batch.token_ids - low + 7) % (high - low + 1)
     return replace(batch, token_ids=torch.where(which, other, batch.token_ids))
-
-
-def _has_experts(network: PreTrainedModel) -> bool:
-    return any("experts" in name for name, _ in network.named_modules())
 
 
 def _in_words(error: Exception) -> str:
@@ -203,10 +202,11 @@ def cache_file(config: Any, options: dict[str, Any]) -> Path:
     content = config.to_dict()
     for name in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config"):
         content.pop(name, None)
-    versions = [torch.__version__, transformers.__version__, lora_dpo.__version__]
+    if getattr(config, "auto_map", None):
+        content["_name_or_path"] = config.name_or_path  # its code is the repository's own
+    versions = [PROBE, torch.__version__, transformers.__version__, lora_dpo.__version__]
     text = json.dumps([content, options, versions], sort_keys=True, default=str)
-    home = os.environ.get("LORA_DPO_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "lora_dpo"
-    return Path(home).expanduser() / "probes" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+    return cache_folder() / "probes" / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
 
 
 def _read(file: Path) -> Verdict | None:

@@ -49,7 +49,8 @@ class Base(Section):
 
     model: a hub id or a local folder. revision: a branch, tag or commit of the hub id.
     quantization: how the linear layers are stored. double_quantization: quantize the 4-bit scales too.
-    compute_dtype: what matrix products run in; "auto" is bfloat16 where the device has it, else float16.
+    compute_dtype: what matrix products run in; "auto" is bfloat16 where the device has it, else float16 on a
+    card and float32 on a CPU.
     device: "auto" takes CUDA where there is one, else the CPU.
     trust_remote_code: run Python code that comes with the model. Leave it off unless you have read that code.
     fused_kernels: Liger's RMSNorm, SwiGLU and RoPE in place of the model's own (CUDA, and the extra "liger").
@@ -70,7 +71,8 @@ class Base(Section):
 class Adapter(Section):
     """LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3): W + (alpha / rank) · B A, with A and B in float32.
 
-    targets: "all-linear" is every linear layer but the head; or a list of module names such as q_proj.
+    targets: "all-linear" is every linear layer but the head, routers, and the output of Mamba mixers, whose
+    kernels would pass an adapter by; or a list of module names such as q_proj.
     """
 
     section: ClassVar[str] = "adapter"

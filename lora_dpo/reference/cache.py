@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lora_dpo.batching import MicroBatch
+from lora_dpo.batching import MicroBatch, sent
 from lora_dpo.model import Model
 from lora_dpo.reference.database import Database, open_database
 from lora_dpo.reference.fresh import reference_logprobs
@@ -180,8 +180,8 @@ class ReferenceCache:
 def _joined(parts: list[Tensor], device: torch.device) -> Tensor:
     """One after another, on that device; without waiting for it."""
     if all(part.device.type == "cpu" for part in parts):
-        return torch.cat(parts).to(device, non_blocking=True)
-    return torch.cat([part.to(device, non_blocking=True) for part in parts])
+        return sent(torch.cat(parts), device)
+    return torch.cat([sent(part, device) for part in parts])
 
 
 def reference_folder() -> Path:

@@ -19,7 +19,7 @@ from filelock import FileLock
 from safetensors import SafetensorError
 
 from lora_dpo.preferences import Where
-from lora_dpo.tokenization.flat import pack, unpack
+from lora_dpo.tokenization.flat import from_bytes, to_bytes
 from lora_dpo.tokenization.outcomes import Tokenized
 
 MOST_FILES = 20
@@ -39,7 +39,7 @@ class TokenCache:
         """What was tokenized under this key; None if that isn't there, or no longer as it was written."""
         file = self._file(key)
         try:
-            branches, facts = unpack(file.read_bytes())
+            branches, facts = from_bytes(file.read_bytes())
             if facts["key"] != key:
                 return None
         except (OSError, ValueError, LookupError, TypeError, MemoryError):
@@ -58,7 +58,7 @@ class TokenCache:
         ]
         with contextlib.suppress(OSError, SafetensorError, MemoryError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            self._put(self._file(key), pack(tokenized.branches, {"key": key, "dropped": dropped}))
+            self._put(self._file(key), to_bytes(tokenized.branches, {"key": key, "dropped": dropped}))
             self._clear()
 
     @contextlib.contextmanager

@@ -22,7 +22,7 @@ from lora_dpo.tokenization.branches import Branches
 Arrays = Mapping[str, NDArray[Any]]
 
 
-def pack(branches: Sequence[Branches], facts: Mapping[str, Any]) -> bytes:
+def to_bytes(branches: Sequence[Branches], facts: Mapping[str, Any]) -> bytes:
     """Branches, and `facts` that JSON can hold, as the bytes of a safetensors file with a hash of both."""
     files: dict[str, int] = {}
     arrays = {
@@ -38,8 +38,8 @@ def pack(branches: Sequence[Branches], facts: Mapping[str, Any]) -> bytes:
     return save(arrays, metadata={"json": text, "sha256": _digest(arrays, text)})
 
 
-def unpack(data: bytes) -> tuple[list[Branches], dict[str, Any]]:
-    """What `pack` was given. Raises ValueError if a byte of it has changed."""
+def from_bytes(data: bytes) -> tuple[list[Branches], dict[str, Any]]:
+    """What `to_bytes` was given. Raises ValueError if a byte of it has changed."""
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         arrays = load(data)

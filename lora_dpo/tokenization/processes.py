@@ -19,7 +19,7 @@ from typing import IO
 
 from lora_dpo.errors import DataError
 from lora_dpo.tokenization.chat import ChatTokenizer
-from lora_dpo.tokenization.flat import unpack
+from lora_dpo.tokenization.flat import from_bytes
 from lora_dpo.tokenization.outcomes import Outcome
 from lora_dpo.tokenization.portable import record_text, settings_digest
 from lora_dpo.tokenization.work_queue import Record, WorkQueue
@@ -88,7 +88,7 @@ class WorkerProcess:
                 break
             texts.append(text)
         try:
-            branches, facts = unpack(self._ask({"records": texts}))
+            branches, facts = from_bytes(self._ask({"records": texts}))
         except (OSError, EOFError, ValueError) as error:
             raise DataError(self._obituary()) from error
         kept = iter(branches)

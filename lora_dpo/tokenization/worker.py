@@ -2,8 +2,8 @@
 
 A frame is eight bytes with a length (little-endian), then that many bytes. A request is JSON: either
 {"settings", "skip_refused"}, answered with the digest of the settings that it came to here, or {"records"},
-answered with `flat.pack`: branches, and the outcomes in order with null for each of the branches. A record
-that raises ends the list: whoever asked does that one again, and so meets the error itself.
+answered with `flat.to_bytes`: branches, and the outcomes in order with null for each of the branches. A
+record that raises ends the list: whoever asked does that one again, and so meets the error itself.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from lora_dpo.tokenization.branches import Branches
 from lora_dpo.tokenization.chat import ChatTokenizer
-from lora_dpo.tokenization.flat import pack
+from lora_dpo.tokenization.flat import to_bytes
 from lora_dpo.tokenization.outcomes import Outcome, outcome
 from lora_dpo.tokenization.portable import record_from, settings_digest, tokenizer_from
 
@@ -78,4 +78,4 @@ def _answer(request: dict[str, Any], tokenizer: ChatTokenizer, skip_refused: boo
         except Exception:  # of whatever kind: it is met again where it can be raised
             break
     dropped = [None if isinstance(item, Branches) else item for item in done]
-    return pack([item for item in done if isinstance(item, Branches)], {"outcomes": dropped})
+    return to_bytes([item for item in done if isinstance(item, Branches)], {"outcomes": dropped})

@@ -4,6 +4,7 @@ fit?
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from lora_dpo.losses import Objective
 from lora_dpo.model import Model, as_reference, generating, without_dropout
 from lora_dpo.reference import ReferenceCache, reference_logprobs
 from lora_dpo.tokenization import Branches
+from lora_dpo.ways import has_experts
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 """How far a token's log-prob may differ, on average, between packed branches and a sequence by itself."""
@@ -74,7 +76,9 @@ def _check_runs(model: Model, batch: MicroBatch) -> None:
     """The real model runs the way that its small copy did."""
     try:
         reference_logprobs(model, batch)
-    except (ValueError, TypeError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         kind = model.causal.config.model_type
         raise PreflightError(f"this {kind} model does not run {model.way!r}: {error}") from error
 
@@ -113,10 +117,17 @@ def _alone(model: Model, item: Branches, side: int) -> Tensor:
     """Log-probs of a side's scored tokens [S], from the whole model's own logits."""
     ids = torch.from_numpy(item.side(side).astype(np.int64)).to(model.device)
     at = torch.from_numpy(np.flatnonzero(item.scored[side])).to(model.device)
-    logits = model.causal(input_ids=ids[None], use_cache=False, logits_to_keep=at - 1).logits[0]
+    kept = {"logits_to_keep": at - 1} if _keeps_logits(model) else {}
+    logits = model.causal(input_ids=ids[None], use_cache=False, **kept).logits[0]
+    logits = logits if kept else logits[at - 1]
     wide = torch.promote_types(logits.dtype, torch.float32)
     parts = zip(logits.split(64), ids[at].split(64), strict=True)
     return torch.cat([-cross_entropy(part.to(wide), target, reduction="none") for part, target in parts])
+
+
+def _keeps_logits(model: Model) -> bool:
+    """Whether the model makes logits of some positions only; a few make all of them, whatever is asked."""
+    return "logits_to_keep" in inspect.signature(type(model.causal).forward).parameters
 
 
 def _check_isolation(model: Model, items: Sequence[Branches]) -> str:
@@ -130,7 +141,7 @@ def _check_isolation(model: Model, items: Sequence[Branches]) -> str:
     before, after = reference_logprobs(model, batch), reference_logprobs(model, changed)
     others = batch.sequences != 0
     leak = (before - after)[others].abs().max().item() if bool(others.any()) else 0.0
-    allowed = 0.05 if _has_experts(model) else 0.0
+    allowed = 0.05 if has_experts(model.causal) else 0.0
     if leak > allowed:
         raise PreflightError(
             f"this {model.causal.config.model_type} model is wrong when run {model.way!r}: what one branch"
@@ -150,12 +161,6 @@ def _with_first_rest_changed(batch: MicroBatch, tokens: int) -> MicroBatch | Non
     return replace(batch, token_ids=ids, keys=())  # their keys are other examples'
 
 
-def _has_experts(model: Model) -> bool:
-    """Mixtures of experts group tokens by expert: another grouping rounds otherwise."""
-    text = model.causal.config.get_text_config()
-    return any(getattr(text, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
-
-
 def _check_gradients(model: Model, objective: Objective, batch: MicroBatch) -> str:
     """With a small random B, every adapter tensor gets a finite gradient, nothing else any, the reference
     stays.
@@ -167,7 +172,9 @@ def _check_gradients(model: Model, objective: Objective, batch: MicroBatch) -> s
         if not torch.equal(before, reference_logprobs(model, batch)):
             raise PreflightError("adapters off is not the base: changing the adapter changed the reference")
     dead = [
-        name for name, p in model.trainable.items() if not _reached(p.grad, allow_zero=_has_experts(model))
+        name
+        for name, p in model.trainable.items()
+        if not _reached(p.grad, allow_zero=has_experts(model.causal))
     ]
     stray = [
         n for n, p in model.network.named_parameters() if p.grad is not None and n not in model.trainable

@@ -136,6 +136,7 @@ MAY_CHANGE = {
     "run_directory",
     "data.workers",
     "training.tokens_per_microbatch",
+    "training.gradient_checkpointing",
     "training.save_every",
     "training.keep_checkpoints",
     "training.trackers",

@@ -105,8 +105,9 @@ def _accumulate(
 
 
 def give_back_freed(device: torch.device) -> None:
-    """On the CPU, give the system the memory that was freed: micro-batches differ in shape, and malloc would keep
-    the holes of each. A card's allocator reuses its blocks by itself.
+    """On the CPU, give the system the memory that was freed; a card's allocator reuses its blocks by itself.
+
+    Micro-batches differ in shape, and malloc would keep the holes of each.
     """
     trim = _malloc_trim() if device.type == "cpu" else None
     if trim is not None:

@@ -93,24 +93,39 @@ def policy_is_its_reference_at_the_start(card: Card) -> tuple[bool, str]:
 
 @check
 def flash_attention_agrees_with_blocks(card: Card) -> tuple[bool, str]:
-    """The variable-length kernel and one call a block, both in bfloat16, against blocks in float32."""
+    """The variable-length kernel, and in brackets one call a block, in bfloat16, against float32 blocks."""
     layout = collate(card.pairs, range(len(card.pairs))).to(card.device).layout
     tokens = len(layout.example)
-    if not attention.flash_takes(torch.bfloat16, 64, 64) or attention.flash_call(False) is None:
+    if not attention.flash_takes(torch.bfloat16, 64, 64, card.device) or attention.flash_call(False) is None:
         return True, "no flash attention for this card or torch: blocks are used"
     q = torch.randn(1, 8, tokens, 64, device="cuda")
     k, v = torch.randn(2, 1, 2, tokens, 64, device="cuda")
+    attend = attention.flash_call(False)
+    assert attend is not None
     lines = []
     for window in (None, 100):
-        exact = blocks(q, k, v, layout, window)
+
+        def flash_attends(q: Tensor, k: Tensor, v: Tensor, window: int | None = window) -> Tensor:
+            return attention._flash(attend, q, k, v, layout, 0.125, window, None)
+
+        def blocks_attend(q: Tensor, k: Tensor, v: Tensor, window: int | None = window) -> Tensor:
+            return blocks(q, k, v, layout, window)
+
         half = [x.bfloat16() for x in (q, k, v)]
-        attend = attention.flash_call(False)
-        assert attend is not None
-        flash = attention._flash(attend, half[0], half[1], half[2], layout, 0.125, window, None)
-        masked = blocks(half[0], half[1], half[2], layout, window)
-        ours, plain = ((x - exact).abs().max().item() for x in (flash, masked))
-        lines.append((ours <= 2 * plain + 1e-3, f"window {window}: {ours:.2g} (blocks {plain:.2g})"))
+        exact = with_gradients(blocks_attend, q, k, v)
+        flash, masked = with_gradients(flash_attends, *half), with_gradients(blocks_attend, *half)
+        for name, truth, ours, plain in zip(("out", "dq", "dk", "dv"), exact, flash, masked, strict=True):
+            error, usual = ((x - truth).abs().max().item() for x in (ours, plain))
+            lines.append((error <= 2 * usual + 1e-3, f"{name} {error:.2g} ({usual:.2g})"))
     return all(ok for ok, _ in lines), "; ".join(text for _, text in lines)
+
+
+def with_gradients(attend: Callable[..., Tensor], *tensors: Tensor) -> list[Tensor]:
+    """The output, and the gradients of its sum of squares by queries, keys and values."""
+    leaves = [x.detach().requires_grad_() for x in tensors]
+    out = attend(*leaves)
+    (out.float() ** 2).sum().backward()
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
 
 
 def blocks(q: Tensor, k: Tensor, v: Tensor, layout: Any, window: int | None) -> Tensor:
@@ -136,14 +151,16 @@ def packed_agrees_with_one_pair_at_a_time(card: Card) -> tuple[bool, str]:
 @check
 def checkpointing_levels_agree(card: Card) -> tuple[bool, str]:
     expected, _, seconds, peak = card.gradient()
-    lines, same = [f"none {seconds:.2f}s {peak / 2**30:.2f} GiB"], True
+    lines, peaks, same = [f"none {seconds:.2f}s {peak / 2**30:.2f} GiB"], [peak], True
     for level in ("layers", "offload"):
         card.model.checkpoint_layers(offload=level == "offload")
         card.gradient()  # pinned memory is made once
         found, _, seconds, peak = card.gradient()
         same &= bool(((found - expected).norm() / expected.norm()).item() < 1e-2)
         lines.append(f"{level} {seconds:.2f}s {peak / 2**30:.2f} GiB")
-    return same, ", ".join(lines)
+        peaks.append(peak)
+    card.model.offloading = False
+    return same and peaks[0] > peaks[1] > peaks[2], ", ".join(lines) + " (each level must take less)"
 
 
 @check
@@ -167,7 +184,7 @@ def memory_that_runs_out_is_survived(card: Card) -> tuple[bool, str]:
 
 @check
 def float16_gives_finite_gradients(card: Card) -> tuple[bool, str]:
-    """The path of cards without bfloat16: autocast in float16, loss scaled, adapters float32."""
+    """Autocast in float16 with the loss scaled, adapters float32; the base itself stays as it was made."""
     model = dataclasses.replace(card.model, compute_dtype=torch.float16)
     scaler = torch.amp.GradScaler("cuda", init_scale=2.0**12)
     step_gradient(

@@ -27,7 +27,7 @@ import lora_dpo
 from lora_dpo.errors import DataError, UserError
 from lora_dpo.preferences import Demonstration, Preference, Where
 from lora_dpo.tokenization import ChatTokenizer, Tokenized, cache, corpus, portable, tokenize
-from lora_dpo.tokenization.flat import pack, unpack
+from lora_dpo.tokenization.flat import from_bytes, to_bytes
 from lora_dpo.tokenization.processes import WorkerProcess, serve, working
 from lora_dpo.tokenization.work_queue import Record, WorkQueue
 
@@ -218,9 +218,9 @@ def test_an_interrupted_job_ends_at_once_and_leaves_no_process(
         assert [job.stdout.readline() for _ in range(2)] == ["began\n", "helped\n"]
         (worker,) = psutil.Process(job.pid).children()
         os.killpg(job.pid, number)  # what a terminal does
-        assert job.communicate(timeout=10)[1] == says
+        assert job.communicate(timeout=60)[1] == says
         assert job.returncode == code
-        worker.wait(timeout=10)
+        worker.wait(timeout=60)
 
 
 # The cache
@@ -262,7 +262,7 @@ def test_branches_travel_unchanged(records: list[Record]):
         branches = tokenize([r for r in records if "REFUSE" not in str(r)], chat_tokenizer()).branches
     except (UserError, UnicodeError, TypeError):
         branches = []
-    found, facts = unpack(pack(branches, {"a": [1, None]}))
+    found, facts = from_bytes(to_bytes(branches, {"a": [1, None]}))
     empty = Tokenized([], Counter(), {})
     assert plain(replace(empty, branches=found)) == plain(replace(empty, branches=branches))
     assert facts == {"a": [1, None]}

@@ -679,7 +679,7 @@ def test_nothing_is_kept_where_it_is_not_wanted_or_nothing_asks_for_a_reference(
     recipe: Recipe, words: list[str]
 ):
     run = train(override(recipe, [*words, "training.max_steps=1"]), quiet=True)
-    assert not cache_folder().exists()
+    assert not (cache_folder() / "reference").exists()
     assert "reference_cache/hit_rate" not in next(run.records())
 
 

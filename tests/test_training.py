@@ -127,7 +127,7 @@ def test_a_resumed_run_and_its_evaluation_tokenize_nothing(
     monkeypatch.setattr(ChatTokenizer, "branches", lambda *given: (tokenized.append(1), branches(*given))[1])
     train(recipe)
     assert len(tokenized) == 40
-    assert "the cache" not in capsys.readouterr().out
+    assert "tokenized before" not in capsys.readouterr().out
     train(override(recipe, ["data.workers=1"]), resume=True)
     assert "tokens (tokenized before: read from the cache)\n" in capsys.readouterr().out
     open_finished(Path(recipe.run_directory))

@@ -70,7 +70,8 @@ class Verdict:
     def __str__(self) -> str:
         parts = [self.reason] if self.reason else []
         if self.difference is not None:
-            parts.append(f"float64 probe: {self.difference:.0e} from one sequence at a time")
+            off = f"{self.difference:.0e} from" if self.difference else "equal to"
+            parts.append(f"float64 probe: {off} one sequence at a time")
         return SAYS[self.way] + (f" ({'; '.join(parts)})" if parts else "")
 
 

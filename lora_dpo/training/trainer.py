@@ -72,7 +72,10 @@ class Trainer:
             model.device.type, enabled=model.compute_dtype == torch.float16
         )
         if self.training.gradient_checkpointing != "none":
-            model.checkpoint_layers(offload=self.training.gradient_checkpointing == "offload")
+            offload = self.training.gradient_checkpointing == "offload"
+            model.checkpoint_layers(offload=offload)
+            if offload and not model.offloading:
+                display.say("note: training.gradient_checkpointing=offload is the same as layers on the CPU")
         if len(data.train) < self.training.pairs_per_step:
             display.say(
                 f"note: {len(data.train)} training examples are fewer than training.pairs_per_step"

@@ -6,12 +6,9 @@ The layout travels as the keyword argument `branch_layout` of the model's forwar
 checkpointed layer is recomputed while another micro-batch is current.
 
 On CUDA, with bfloat16 or float16 on Ampere or newer, all branches run in one variable-length flash call:
-torch's
-own, or where the package flash-attn is installed its, which also knows softcapped logits. Elsewhere each
-block is
-one scaled-dot-product call, or the formula itself where no kernel knows it. All expand a prefix's keys and
-values
-only inside the call.
+torch's own, or flash-attn's where that is installed and torch's can't (softcapped logits). Elsewhere each
+block is one scaled-dot-product call, or the formula itself where no kernel knows it. All expand a prefix's
+keys and values only inside the call.
 """
 
 from __future__ import annotations

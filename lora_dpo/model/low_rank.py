@@ -1,12 +1,10 @@
-"""The low-rank product of LoRA, added in place: y = W x + s · B A x (Hu et al. 2021, arXiv:2106.09685, eq.
-3).
+"""LoRA's low-rank product, added in place: y = W x + s · B A x (Hu et al. 2021, arXiv:2106.09685, eq. 3).
 
 Legend: `T` tokens, `I` inputs, `O` outputs, `r` rank.
 
 peft clones W x, scales B A x and adds the two: four passes over [T, O] in the forward direction and one
-more in the
-backward. Here one matrix product accumulates into W x. The result is also rounded once instead of three
-times.
+more in the backward. Here one matrix product accumulates into W x. The result is also rounded once instead
+of three times.
 """
 
 from __future__ import annotations
@@ -42,9 +40,7 @@ def _is_plain(layer: Any) -> bool:
 
 
 class _Forward:
-    """What a layer's `forward` becomes; peft's own where the layer has changed since (merged, more
-    adapters).
-    """
+    """What a layer's `forward` becomes; peft's own where it was merged since, or has more adapters."""
 
     def __init__(self, layer: Any):
         (self.name,) = layer.lora_A
@@ -65,9 +61,7 @@ class _AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        """result [..., O]; x [..., I]; a [r, I]; b [O, r]; the products run in autocast's dtype, else in
-        a's.
-        """
+        """result [..., O]; x [..., I]; a [r, I]; b [O, r]; products run in autocast's dtype, else in a's."""
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else a.dtype
         rows = x.reshape(-1, x.shape[-1]).to(dtype)

@@ -2,8 +2,7 @@
 
 With one layer checkpointed after another, what stays in memory is each layer's input, [T, D] in the compute
 dtype: 32 layers of 4096 at 8192 tokens are 2 GiB. Here each goes to the host as soon as its layer has
-begun, and
-comes back in the backward pass one layer before it is wanted.
+begun, and comes back in the backward pass one layer before it is wanted.
 """
 
 from __future__ import annotations
@@ -34,9 +33,8 @@ class OffloadedActivations:
     """The tensors of one forward pass that the backward pass wants, kept on the host meanwhile.
 
     Use as `with activations.saving(): forward()`; backward may run later, outside. stream: the one to copy
-    on, None
-    on the CPU, where this only makes copies. smallest: bytes from which on a floating-point tensor is
-    offloaded.
+    on, None on the CPU, where this only makes copies. smallest: bytes from which on a floating-point tensor
+    is offloaded.
     """
 
     def __init__(self, stream: torch.cuda.Stream | None, smallest: int = OFFLOADED_BYTES):

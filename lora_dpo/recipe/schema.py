@@ -154,9 +154,8 @@ class Training(Section):
     changes memory and speed, never the gradient. epochs: passes over the pairs; max_steps ends sooner.
     warmup: share of the steps over which the learning rate rises. max_grad_norm: 0 does not clip.
     gradient_checkpointing: "layers" recomputes each layer in the backward pass, for memory; "offload" also
-    keeps the
-    layers' inputs in main memory meanwhile (CUDA; for the longest examples); "none" is fastest, where it
-    fits.
+    keeps the layers' inputs in main memory meanwhile (CUDA; for the longest examples); "none" is fastest,
+    where it fits.
     eval_every, save_every: steps between evaluations and checkpoints; 0 is at the end only. What a crash
     costs is the steps since the last checkpoint.
     keep_checkpoints: how many of the newest stay on disk, besides the best one.

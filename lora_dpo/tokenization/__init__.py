@@ -5,8 +5,8 @@ finds the scored turns in the text, `encoding` makes tokens, `truncation` cuts t
 shares what the sides have in common in front. `chat` puts them together for one record, `corpus` for all.
 
 For many records: `outcomes` is what becomes of them, `work_queue` deals them out, `processes` are workers
-that run
-`worker`, `cache` keeps what is done; `flat` and `portable` are the forms in which results and tasks travel.
+that run `worker`, `cache` keeps what is done; `flat` and `portable` are the forms in which results and tasks
+travel.
 """
 
 from lora_dpo.tokenization.branches import Branches, share

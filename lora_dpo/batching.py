@@ -196,7 +196,11 @@ class MicroBatch:
         return replace(self, layout=self.layout.to(device), **moved)
 
     def per_sequence(self, values: Tensor) -> Tensor:
-        """Sums of score rows, float [S], by sequence: float [examples, sides]."""
+        """Sums of score rows [S] by sequence: float64, or int64 for integers, [examples, sides].
+
+        A float32 sum of −3,000 nats is off by 1e-4, as much as the step that a loss is to see.
+        """
+        values = values.double() if values.is_floating_point() else values
         sums = values.new_zeros(len(self.examples) * self.sides).index_add(0, self.sequences, values)
         return sums.view(len(self.examples), self.sides)
 

@@ -30,7 +30,7 @@ from lora_dpo.errors import RecipeError
 class LogProbs:
     """Log-probs of B examples with k sides each, summed over scored tokens.
 
-    policy: float [B, k], carries the gradient. reference: float [B, k] without gradient, or None for an
+    policy: float64 [B, k], carries the gradient. reference: float64 [B, k] without gradient, or None for an
     objective that needs none. lengths: int64 [B, k], the number of scored tokens.
     """
 

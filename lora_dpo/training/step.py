@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import hashlib
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache as remember
 
 import torch
 from torch import Tensor
@@ -20,6 +17,7 @@ from lora_dpo.losses import Objective
 from lora_dpo.model import Model
 from lora_dpo.reference import ReferenceCache
 from lora_dpo.tokenization import Branches
+from lora_dpo.training.host_memory import give_back_freed
 
 log = logging.getLogger(__name__)
 
@@ -102,24 +100,6 @@ def _accumulate(
         read = torch.full((), cache.hits - before, device=model.device)
         sums.metrics["reference_cache/hit_rate"] = read
     return sums
-
-
-def give_back_freed(device: torch.device) -> None:
-    """On the CPU, give the system the memory that was freed; a card's allocator reuses its blocks by itself.
-
-    Micro-batches differ in shape, and malloc would keep the holes of each.
-    """
-    trim = _malloc_trim() if device.type == "cpu" else None
-    if trim is not None:
-        trim(0)
-
-
-@remember
-def _malloc_trim() -> Callable[[int], int] | None:
-    """glibc's call; other systems give memory back by themselves, or have no such call."""
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def step_seed(seed: int, step: int, process: int = 0) -> int:

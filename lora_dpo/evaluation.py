@@ -130,7 +130,7 @@ def batch_logprobs(
     """
     needs, reference, square_sum, divergence = objective.needs, None, None, None
     if needs.divergence:
-        policy, reference, divergence = token_divergence(model, batch)
+        policy, divergence, reference, square_sum = token_divergence(model, batch)
     else:
         if needs.reference and not policy_only:
             reference = reference_logprobs(model, batch) if cache is None else cache.logprobs(model, batch)

@@ -169,7 +169,7 @@ def test_out_of_memory_halves_the_budget_and_gives_the_same_gradient(monkeypatch
     whole = step_gradient(model, DPO(), branches, tokens_per_microbatch=10_000, seed=0)
     expected, genuine, failures = gradient(model), module.batch_logprobs, []
 
-    def failing(model, objective, batch, cache=None):
+    def failing(model, objective, batch, cache=None, **more):
         if batch.tokens > 500:
             failures.append(batch.tokens)
             raise torch.OutOfMemoryError("simulated")

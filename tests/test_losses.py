@@ -325,6 +325,13 @@ def test_aot_refuses_weights():
         AOT()(given)
 
 
+def test_wpo_refuses_losses_of_ranks():
+    with pytest.raises(RecipeError, match=r"loss\.of got AOT, which compares ranks"):
+        WPO(of=AOT())
+    with pytest.raises(RecipeError, match=r"loss\.of got Sum"):
+        WPO(of=Sum((DPO(), AOT()), (1.0, 1.0)))
+
+
 def test_kto_weighs_each_rating_against_the_kl_of_mismatched_responses():
     given = logprobs([[-1.0, -4.0], [-3.0, -2.0]], [[-2.0, -5.0], [-2.0, -2.5]], desirable=[1.0, 0.0])
     # Log-ratios 1 and −1; mismatched 1 and ½, so z = ¾.

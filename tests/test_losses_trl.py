@@ -6,6 +6,7 @@ that scores padded rows with plain logits, in float64.
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -113,7 +114,9 @@ def trl_loss(model: Model, pairs: list[Branches], *, narrow: bool, **options: An
 
     narrow: give it float32 log-probs; its α-divergence knows no float64.
     """
-    args = trl.DPOConfig(output_dir="unused", report_to=[], use_cpu=True, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # TRL's own use of transformers
+        args = trl.DPOConfig(output_dir="unused", report_to=[], use_cpu=True, **options)
     trainer: Any = object.__new__(trl.DPOTrainer)
     same = SimpleNamespace(
         device=torch.device("cpu"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from builders import (
+    build,
     float64_model,
     float64_throughout,
     gradient,
@@ -15,9 +16,11 @@ from builders import (
     random_branches,
     relative,
     single_sequence_logprobs,
+    with_random_adapter,
 )
 from transformers import Gemma2Config
 
+from lora_dpo.attention import NAME
 from lora_dpo.batching import collate
 from lora_dpo.errors import ModelError
 from lora_dpo.evaluation import all_logprobs, batch_logprobs, evaluate
@@ -37,7 +40,8 @@ from lora_dpo.losses import (
     Sum,
     weighted,
 )
-from lora_dpo.model import Model, as_reference
+from lora_dpo.model import Model, add_adapter, as_reference
+from lora_dpo.recipe import Adapter
 from lora_dpo.tokenization import Branches
 from lora_dpo.training.step import step_gradient
 
@@ -90,7 +94,7 @@ def test_the_divergence_of_every_token_and_its_gradient_are_exact(kind: str, til
     with float64_throughout():
         model = float64_model(llama_config()) if kind == "plain" else capped_model()
         batch = collate(items, range(3))
-        policy, reference, divergence = token_divergence(model, batch, tile=tile)
+        policy, divergence, reference, squares = token_divergence(model, batch, tile=tile)
         (policy.sum() * 0.3 + (divergence * torch.arange(len(divergence))).sum()).backward()
         ours = gradient(model)
         with as_reference(model):
@@ -103,6 +107,7 @@ def test_the_divergence_of_every_token_and_its_gradient_are_exact(kind: str, til
     assert (reference - theirs.gather(1, batch.targets[:, None])[:, 0]).abs().max() <= 1e-12
     assert relative(ours, gradient(model)) <= 1e-10
     assert divergence.min() > 0
+    assert (squares - torch.logsumexp(2 * mine.detach(), dim=-1)).abs().max() <= 1e-12
 
 
 def test_square_sums_are_those_of_the_policys_distribution():
@@ -154,10 +159,10 @@ def test_both_passes_of_a_whole_step_see_the_same_dropout():
     out, at its first step, is DPO.
     """
     items = examples()
-    model = float64_model(llama_config())
-    for layer in model.adapter_layers:
-        for dropout in list(layer.lora_dropout):
-            layer.lora_dropout[dropout] = torch.nn.Dropout(0.5)
+    network = build(llama_config()).double().requires_grad_(False)
+    network.set_attn_implementation(NAME)
+    bare = Model(network, None, torch.float64)  # pyright: ignore
+    model = with_random_adapter(add_adapter(bare, Adapter(rank=4, dropout=0.5)))
     losses, gradients = [], []
     for objective in (DPO(), BetaDPO(keep=1.0)):
         sums = step_gradient(model, objective, items, tokens_per_microbatch=60, seed=3)

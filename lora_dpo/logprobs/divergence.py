@@ -23,34 +23,35 @@ class DivergenceHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, reference: Tensor, targets: Tensor, head: Head
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """hidden, reference [S, D]: hidden states in both roles; targets int64 [S]. Returns the policy's
-        log-probs, the reference's (without gradient), and the divergence in nats, float32 [S] each.
+        log-probs, the divergence in nats, and without gradient the reference's log-probs and the policy's
+        log Σ_v p_v², float32 [S] each.
         """
         of_logprob, of_divergence = torch.empty_like(hidden), torch.empty_like(hidden)
         logprobs = hidden.new_empty(len(hidden), dtype=wide(hidden))
-        theirs, divergence = torch.empty_like(logprobs), torch.empty_like(logprobs)
+        divergence, theirs, squares = (torch.empty_like(logprobs) for _ in range(3))
         for start in range(0, len(hidden), head.rows):
             rows = slice(start, start + head.rows)
             slopes = of_logprob[rows], of_divergence[rows]
             found = _rows(hidden[rows], reference[rows], targets[rows, None], head, slopes)
-            logprobs[rows], theirs[rows], divergence[rows] = (x[:, 0] for x in found)
+            logprobs[rows], divergence[rows], theirs[rows], squares[rows] = (x[:, 0] for x in found)
         ctx.save_for_backward(of_logprob, of_divergence)
-        ctx.mark_non_differentiable(theirs)
-        return logprobs, theirs, divergence
+        ctx.mark_non_differentiable(theirs, squares)
+        return logprobs, divergence, theirs, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         of_logprob, of_divergence = ctx.saved_tensors
-        by_hidden = of_logprob * grads[0][:, None] + of_divergence * grads[2][:, None]
+        by_hidden = of_logprob * grads[0][:, None] + of_divergence * grads[1][:, None]
         return by_hidden.to(of_logprob.dtype), None, None, None
 
 
 def _rows(
     hidden: Tensor, reference: Tensor, target: Tensor, head: Head, slopes: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a tile's rows: both log-probs and the divergence, [R, 1] each; slopes are filled, [R, D] each."""
-    mine = OnlineSoftmax(hidden, target, weighted=True)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What `forward` returns of a tile's rows, [R, 1] each; slopes are filled, [R, D] each."""
+    mine = OnlineSoftmax(hidden, target, weighted=True, squares=True)
     theirs = OnlineSoftmax(reference, target, weighted=True)
     buffers, other_buffers = head.buffers(hidden), head.buffers(reference)
     apart = torch.zeros_like(mine.highest)
@@ -72,4 +73,4 @@ def _rows(
     slopes[1].copy_(p_others - r_others + (p - r) * own)
     apart = apart + theirs.target_exponential * (theirs.at_target - mine.at_target)
     constant = mine.highest + mine.total.log() - theirs.highest - theirs.total.log()
-    return mine.logprob(), theirs.logprob(), apart / theirs.total + constant
+    return mine.logprob(), apart / theirs.total + constant, theirs.logprob(), mine.square_sum()

@@ -49,9 +49,9 @@ def _through_head(
 
 def token_divergence(
     model: Model, batch: MicroBatch, *, tile: tuple[int, int] | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each score row the policy's log-prob, the reference's, and KL(reference ‖ policy) in nats, [S] each;
-    the first and the last are differentiable by the adapters.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each score row the policy's log-prob and KL(reference ‖ policy) in nats, differentiable by the
+    adapters; the reference's log-prob and log Σ_v π(v)², without gradient. [S] each.
 
     Both roles run here, whatever role the model is in. Raises ModelError where the head learns: two heads
     would be needed.

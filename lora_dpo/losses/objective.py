@@ -40,7 +40,8 @@ class Needs:
     differentiable; both distributions are made together, so reference log-probs come from no cache.
     whole_step: the loss of an example depends on the step's others, or on state: a pass without gradients
     first, then the gradient at its log-probs, then every micro-batch again with its share.
-    trained_sides: the sides that get a gradient, where others are only looked at (whole_step).
+    trained_sides: the sides that get a gradient, where others are only looked at (whole_step). ranks: losses
+    belong to ranks among the step's examples, so that no example can be weighted.
     """
 
     reference: bool = True
@@ -49,9 +50,10 @@ class Needs:
     divergence: bool = False
     whole_step: bool = False
     trained_sides: tuple[int, ...] | None = None
+    ranks: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        flags = ("reference", "tokens", "square_sum", "divergence", "whole_step")
+        flags = ("reference", "tokens", "square_sum", "divergence", "whole_step", "ranks")
         both = {name: getattr(self, name) or getattr(other, name) for name in flags}
         same = self.trained_sides == other.trained_sides
         return Needs(**both, trained_sides=self.trained_sides if same else None)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from lora_dpo.errors import RecipeError
 from lora_dpo.losses.margin import DPO
 from lora_dpo.losses.objective import (
     LogProbs,
@@ -70,6 +71,12 @@ class WPO(Wrapper):
     section 3.2), around any objective of pairs: a pair counts by how likely the policy itself would say it,
     w = Π_sides exp(mean over tokens of (log π(token) − log Σ_v π(v)²)), without gradient.
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.of.needs.ranks:
+            name = type(self.of).__name__
+            raise RecipeError(f"loss.of got {name}, which compares ranks: WPO weighs pairs; take another")
 
     @property
     def needs(self) -> Needs:

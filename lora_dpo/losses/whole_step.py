@@ -41,7 +41,7 @@ class AOT(Objective):
 
     @property
     def needs(self) -> Needs:
-        return Needs(whole_step=True)
+        return Needs(whole_step=True, ranks=True)
 
     def __call__(self, logprobs: LogProbs) -> Loss:
         if "weight" in logprobs.values and bool((logprobs.values["weight"] != 1).any()):

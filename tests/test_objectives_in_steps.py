@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,7 +46,7 @@ from lora_dpo.recipe import Adapter
 from lora_dpo.tokenization import Branches
 from lora_dpo.training.step import step_gradient
 
-CAPPED = {"sliding_window": 8, "query_pre_attn_scalar": 16, "head_dim": 16}
+CAPPED: dict[str, Any] = {"sliding_window": 8, "query_pre_attn_scalar": 16, "head_dim": 16}
 
 
 def examples(sides: int = 2) -> list[Branches]:
@@ -56,17 +57,8 @@ def examples(sides: int = 2) -> list[Branches]:
 
 def capped_model() -> Model:
     basic = llama_config().to_dict()
-    kept = {
-        k: basic[k]
-        for k in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        )
-    }
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    kept: dict[str, Any] = {k: basic[k] for k in (*names, "num_key_value_heads")}
     return float64_model(Gemma2Config(**kept, **CAPPED, final_logit_softcapping=3.0))
 
 

@@ -188,18 +188,16 @@ class LogProbs:
 
 def _each(tokens: TokenLogProbs, change: Callable[[Tensor], Tensor]) -> TokenLogProbs:
     """Every tensor of them changed."""
-    columns = {item.name: getattr(tokens, item.name) for item in dataclasses.fields(TokenLogProbs)}
-    return TokenLogProbs(**{name: None if t is None else change(t) for name, t in columns.items()})
+    columns = {item.name: getattr(tokens, item.name) for item in dataclasses.fields(tokens)}
+    return replace(tokens, **{name: change(t) for name, t in columns.items() if t is not None})
 
 
 def _joined_tokens(parts: Sequence[TokenLogProbs], sequences: Sequence[int]) -> TokenLogProbs:
     """The tokens of several parts; sequences: how many each part has."""
     starts = itertools.accumulate(sequences, initial=0)
     moved = [replace(p, sequences=p.sequences + n) for p, n in zip(parts, starts, strict=False)]
-    columns = {
-        item.name: [getattr(p, item.name) for p in moved] for item in dataclasses.fields(TokenLogProbs)
-    }
-    return TokenLogProbs(**{name: None if c[0] is None else torch.cat(c) for name, c in columns.items()})
+    columns = {item.name: [getattr(p, item.name) for p in moved] for item in dataclasses.fields(parts[0])}
+    return replace(parts[0], **{name: torch.cat(c) for name, c in columns.items() if c[0] is not None})
 
 
 @dataclass(frozen=True, eq=False)

@@ -145,15 +145,14 @@ def _changed(objective: Objective, below: Mapping[str, str], key: str) -> Object
     """The objective with fields changed; a dot leads into the objective that it is around: `of.beta`."""
     if not below:
         return objective
-    current = {k: getattr(objective, k) for k in field_names(type(objective))}
+    values = {k: getattr(objective, k) for k in field_names(type(objective))}
+    values |= {k: v for k, v in below.items() if "." not in k}
     for name in {k.partition(".")[0] for k in below if "." in k}:
-        inner = current.get(name)
         deeper = {k.partition(".")[2]: v for k, v in below.items() if k.startswith(name + ".")}
-        if not isinstance(inner, Objective):
-            raise unknown_key(f"{key}.{name}.{next(iter(deeper))}", [f"{key}.{k}" for k in current])
-        current[name] = _changed(inner, deeper, f"{key}.{name}")
-    given = {k: v for k, v in below.items() if "." not in k}
-    return parse_objective({"objective": objective_name(type(objective)), **current, **given}, key)
+        if not isinstance(getattr(objective, name, None), Objective):
+            raise unknown_key(f"{key}.{name}.{next(iter(deeper))}", [f"{key}.{k}" for k in values])
+        values[name] = _changed(parse_objective(values[name], f"{key}.{name}"), deeper, f"{key}.{name}")
+    return parse_objective({"objective": objective_name(type(objective)), **values}, key)
 
 
 def _check_known(recipe: Recipe, key: str) -> None:

@@ -206,7 +206,8 @@ def test_a_dataset_from_python_is_kept_and_named_in_the_record():
 
 
 def test_objectives_inside_objectives_are_named_overridden_and_replayed(tmp_path: Path):
-    text = "loss={objective: Sum, terms: [{objective: LDDPO, of: IPO, alpha: 0.3}, ChosenSFT], weights: [1, 0.2]}"
+    terms = "[{objective: LDDPO, of: IPO, alpha: 0.3}, ChosenSFT]"
+    text = f"loss={{objective: Sum, terms: {terms}, weights: [1, 0.2]}}"
     recipe = override(RECIPE, [text])
     assert recipe.loss == Sum((LDDPO(of=IPO(), alpha=0.3), ChosenSFT()), (1.0, 0.2))
     file = tmp_path / "recipe.yaml"

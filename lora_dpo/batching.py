@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
@@ -185,6 +185,7 @@ class MicroBatch:
     sides: int
     keys: tuple[bytes, ...]
     rows: tuple[int, ...]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -203,6 +204,12 @@ class MicroBatch:
         values = values.double() if values.is_floating_point() else values
         sums = values.new_zeros(len(self.examples) * self.sides).index_add(0, self.sequences, values)
         return sums.view(len(self.examples), self.sides)
+
+    def places(self) -> Tensor:
+        """How many score rows of the same sequence stand before each: int64 [S]."""
+        lengths = self.scored_lengths().flatten()
+        starts = lengths.cumsum(0) - lengths
+        return torch.arange(len(self.sequences), device=starts.device) - starts[self.sequences]
 
     def scored_lengths(self) -> Tensor:
         """How many tokens of each sequence are scored: int64 [examples, sides]."""

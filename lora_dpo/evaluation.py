@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lora_dpo.batching import MicroBatch, pack
-from lora_dpo.logprobs import token_logprobs
-from lora_dpo.losses import LogProbs, Objective, preferred
+from lora_dpo.logprobs import token_divergence, token_logprobs, token_logprobs_and_square_sums
+from lora_dpo.losses import LogProbs, Objective, TokenLogProbs, Totals, preferred, weighted
 from lora_dpo.model import Model, as_policy, without_dropout
 from lora_dpo.reference import ReferenceCache, reference_logprobs
 from lora_dpo.tokenization import Branches
@@ -72,25 +72,24 @@ def evaluate(
 
 def metric_names(objective: Objective) -> set[str]:
     """The names that `evaluate` gives, and a recipe's best_metric may name."""
-    zeros = torch.zeros(1, len(objective.sides))
+    zeros = torch.zeros(1, len(objective.sides), dtype=torch.float64)
     lengths = torch.ones(zeros.shape, dtype=torch.int64)
-    return set(_rows(objective, LogProbs(zeros, zeros if objective.needs_reference else None, lengths)))
+    one = torch.arange(zeros.numel())
+    tokens = TokenLogProbs(zeros[0], zeros[0], one, 0 * one, zeros[0], zeros[0])
+    reference = zeros if objective.needs.reference else None
+    values = {name: torch.ones(1, dtype=torch.float64) for name in ("weight", "margin", "desirable")}
+    return set(_rows(objective, LogProbs(zeros, reference, lengths, values, tokens)))
 
 
 def _rows(objective: Objective, logprobs: LogProbs) -> dict[str, Tensor]:
     """Every metric of every example, name → [B]."""
     loss = objective(logprobs)
-    rows = {"loss": _example_losses(objective, loss.per_example, logprobs.lengths), **loss.metrics}
+    rows = {"loss": weighted(loss, logprobs), **loss.metrics}
     if logprobs.policy.shape[1] == 2:
         rows["logps/accuracy"] = preferred(*logprobs.policy.unbind(1))
     for side, name in enumerate(objective.sides):
         rows[f"tokens/{name}"] = logprobs.lengths[:, side]
     return rows
-
-
-def _example_losses(objective: Objective, per_example: Tensor, lengths: Tensor) -> Tensor:
-    """Example losses whose mean is the loss that training minimises: the sum over the count, times B."""
-    return per_example * (len(per_example) / objective.count(lengths))
 
 
 def all_logprobs(
@@ -103,37 +102,55 @@ def all_logprobs(
     cache: ReferenceCache | None = None,
 ) -> LogProbs:
     """Log-probs of these examples, in their order, on the CPU and without gradient."""
-    policy = torch.zeros(len(branches), branches[0].sides, dtype=torch.float64)
-    reference = torch.zeros_like(policy)
-    lengths = torch.zeros(policy.shape, dtype=torch.int64)
+    parts, order = [], []
     with torch.no_grad(), without_dropout(model):
         for batch in pack(branches, tokens_per_microbatch, model.way):
-            rows = list(batch.examples)
-            part = batch_logprobs(model, objective, batch.to(model.device), cache)
-            policy[rows] = part.policy.cpu().double()
-            lengths[rows] = part.lengths.cpu()
-            if part.reference is not None:
-                reference[rows] = part.reference.cpu().double()
+            parts.append(batch_logprobs(model, objective, batch.to(model.device), cache).to("cpu"))
+            order += batch.examples
             if progress is not None:
-                progress(len(rows))
+                progress(len(batch.examples))
     if cache is not None:
         cache.commit()
-    return LogProbs(policy, reference if objective.needs_reference else None, lengths)
+    return LogProbs.joined(parts).reordered(order)
 
 
 def batch_logprobs(
-    model: Model, objective: Objective, batch: MicroBatch, cache: ReferenceCache | None = None
+    model: Model,
+    objective: Objective,
+    batch: MicroBatch,
+    cache: ReferenceCache | None = None,
+    *,
+    totals: Totals | None = None,
+    policy_only: bool = False,
 ) -> LogProbs:
-    """Policy, and where the objective needs it reference, log-probs of one micro-batch; policy
-    differentiable. The reference's come from `cache` where one is given; committing is the caller's.
+    """What the objective needs of one micro-batch; policy log-probs and divergences are differentiable.
+
+    The reference's log-probs come from `cache` where one is given; committing is the caller's. totals: of the
+    step that the batch belongs to. policy_only: leave the reference out, though it is needed.
     """
-    reference = None
-    if objective.needs_reference:
-        tokens = reference_logprobs(model, batch) if cache is None else cache.logprobs(model, batch)
-        reference = batch.per_sequence(tokens)
-    with as_policy(model):
-        policy = batch.per_sequence(token_logprobs(model, batch))
-    return LogProbs(policy, reference, batch.scored_lengths())
+    needs, reference, square_sum, divergence = objective.needs, None, None, None
+    if needs.divergence:
+        policy, divergence, reference, square_sum = token_divergence(model, batch)
+    else:
+        if needs.reference and not policy_only:
+            reference = reference_logprobs(model, batch) if cache is None else cache.logprobs(model, batch)
+        with as_policy(model):
+            if needs.square_sum:
+                policy, square_sum = token_logprobs_and_square_sums(model, batch)
+            else:
+                policy = token_logprobs(model, batch)
+    tokens = None
+    if needs.tokens:
+        place = batch.places()
+        tokens = TokenLogProbs(policy, reference, batch.sequences, place, square_sum, divergence)
+    return LogProbs(
+        policy=batch.per_sequence(policy),
+        reference=batch.per_sequence(reference) if reference is not None and needs.reference else None,
+        lengths=batch.scored_lengths(),
+        values=batch.values,
+        tokens=tokens,
+        totals=totals,
+    )
 
 
 def bootstrap(values: Tensor, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> Interval:

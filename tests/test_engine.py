@@ -25,7 +25,7 @@ from transformers import Gemma2Config, GPT2Config, MistralConfig, Qwen2Config, Q
 from lora_dpo import attention
 from lora_dpo.batching import collate, pack
 from lora_dpo.errors import ModelError
-from lora_dpo.logprobs import LogitTransform, _FrozenHead, token_logprobs
+from lora_dpo.logprobs import FrozenHead, Head, LogitTransform, token_logprobs
 from lora_dpo.losses import DPO
 from lora_dpo.model.offload import OffloadedActivations
 from lora_dpo.training.step import step_gradient
@@ -119,9 +119,7 @@ def test_the_gradient_of_a_step_does_not_depend_on_the_token_budget():
     model.compute_dtype = torch.float32
     gradients = []
     for budget in (1, 64, 200, 500, 10_000):
-        sums = step_gradient(
-            model, DPO(), branches, count=len(branches), tokens_per_microbatch=budget, seed=0
-        )
+        sums = step_gradient(model, DPO(), branches, tokens_per_microbatch=budget, seed=0)
         assert sums.examples == len(branches)
         gradients.append(gradient(model))
     for other in gradients[1:]:
@@ -155,7 +153,8 @@ def test_a_nearly_certain_token_keeps_the_digits_of_its_gradient():
     others = probabilities.scatter(1, targets[:, None], 0.0)
     uncertain = others.sum(dim=1, keepdim=True)
     expected = uncertain * weight[targets] - others @ weight.double()
-    _FrozenHead.apply(hidden, weight, bias, targets, LogitTransform(), 8, 11).sum().backward()
+    head = Head(weight, bias, LogitTransform(), rows=8, columns=11)
+    FrozenHead.apply(hidden, targets, head)[0].sum().backward()  # pyright: ignore[reportOptionalSubscript]
     assert uncertain.median() < 1e-4
     assert hidden.grad is not None
     errors = (hidden.grad - expected).norm(dim=1) / expected.norm(dim=1)
@@ -167,17 +166,17 @@ def test_out_of_memory_halves_the_budget_and_gives_the_same_gradient(monkeypatch
 
     branches = examples(3)
     model = float64_model(llama_config())
-    whole = step_gradient(model, DPO(), branches, count=len(branches), tokens_per_microbatch=10_000, seed=0)
+    whole = step_gradient(model, DPO(), branches, tokens_per_microbatch=10_000, seed=0)
     expected, genuine, failures = gradient(model), module.batch_logprobs, []
 
-    def failing(model, objective, batch, cache=None):
+    def failing(model, objective, batch, cache=None, **more):
         if batch.tokens > 500:
             failures.append(batch.tokens)
             raise torch.OutOfMemoryError("simulated")
         return genuine(model, objective, batch)
 
     monkeypatch.setattr(module, "batch_logprobs", failing)
-    sums = step_gradient(model, DPO(), branches, count=len(branches), tokens_per_microbatch=10_000, seed=0)
+    sums = step_gradient(model, DPO(), branches, tokens_per_microbatch=10_000, seed=0)
     assert failures and sums.tokens_per_microbatch < 10_000 == whole.tokens_per_microbatch
     assert relative(gradient(model), expected) <= 1e-6
 
@@ -310,7 +309,7 @@ def test_a_step_reads_nothing_back_from_the_device():
     """Whatever the number of micro-batches: sums stay tensors until the step is done."""
     model = float64_model(llama_config())
     with Readings() as readings:
-        sums = step_gradient(model, DPO(), examples(7), count=7, tokens_per_microbatch=100, seed=0)
+        sums = step_gradient(model, DPO(), examples(7), tokens_per_microbatch=100, seed=0)
         assert readings.seen == []
         assert sums.loss.item() > 0
     assert readings.seen == ["_local_scalar_dense"]

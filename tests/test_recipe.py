@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_dpo.errors import RecipeError
-from lora_dpo.losses import DPO, SFT
+from lora_dpo.losses import DPO, IPO, LDDPO, SFT, ChosenSFT, Sum
 from lora_dpo.recipe import (
     Adapter,
     Base,
@@ -119,7 +119,7 @@ def test_text_becomes_the_typed_value(text: str, value: object):
         ("base.fused_kernels=maybe", ["true or false"]),
         ("training.gradient_checkpointing=true", ["none", "layers", "offload"]),
         ("base.quantization=nf5", ["base.quantization", "'nf5'", "nf4, fp4, int8, none", "Did you mean nf4"]),
-        ("loss=DPQ", ["DPQ", "DPO, SFT", "Did you mean DPO"]),
+        ("loss=DPQ", ["DPQ", "DPO, IPO, Hinge", "Did you mean DPO"]),
         ("loss.beta=-1", ["loss.beta", "-1", "greater than 0"]),
         ("data.train={path: b.json, weigt: 2}", ["weigt", "data.train.weight"]),
         ("data.train=[a.json, {path: b.json, weigt: 2}]", ["data.train[1].weigt", "data.train[1].weight"]),
@@ -203,3 +203,64 @@ def test_a_dataset_from_python_is_kept_and_named_in_the_record():
     recipe = Recipe(base=Base("m"), data=Data(rows))
     assert recipe.data.train is rows
     assert to_dict(recipe)["data"]["train"] == "<Dataset of 1 rows given from Python>"
+
+
+def test_objectives_inside_objectives_are_named_overridden_and_replayed(tmp_path: Path):
+    terms = "[{objective: LDDPO, of: IPO, alpha: 0.3}, ChosenSFT]"
+    text = f"loss={{objective: Sum, terms: {terms}, weights: [1, 0.2]}}"
+    recipe = override(RECIPE, [text])
+    assert recipe.loss == Sum((LDDPO(of=IPO(), alpha=0.3), ChosenSFT()), (1.0, 0.2))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(recipe))
+    assert load_recipe(file) == recipe
+    inner = override(RECIPE, ["loss=LDDPO", "loss.of=IPO", "loss.alpha=0.2"])
+    assert inner.loss == LDDPO(of=IPO(), alpha=0.2)
+    both = changed("loss=LDDPO", "loss.of=IPO", "loss.of.beta=0.7", "loss.alpha=0.2")
+    assert both.loss == override(inner, ["loss.of.beta=0.7"]).loss == LDDPO(of=IPO(beta=0.7), alpha=0.2)
+    with pytest.raises(RecipeError, match=r"unknown key loss\.of\.betta.*loss\.of\.beta"):
+        override(inner, ["loss.of.betta=0.7"])
+    with pytest.raises(RecipeError, match=r"loss\.beta"):
+        override(RECIPE, ["loss.beta.of=1"])
+
+
+OWN = """
+from dataclasses import dataclass
+from lora_dpo import Base, Data, Loss, LogProbs, Objective, Recipe
+
+@dataclass(frozen=True)
+class Squared(Objective):
+    goal: float = 1.0
+
+    def __call__(self, logprobs: LogProbs) -> Loss:
+        ratio = logprobs.log_ratio
+        return Loss((ratio[:, 0] - ratio[:, 1] - self.goal) ** 2)
+
+recipe = Recipe(base=Base("base"), data=Data("rows.jsonl"), loss=Squared(goal=0.5))
+"""
+
+
+def test_an_objective_of_the_users_own_is_named_by_its_file_and_replayed(tmp_path: Path):
+    script = tmp_path / "mine.py"
+    script.write_text(OWN)
+    recipe = override(load_recipe(script), ["loss.goal=0.25"])
+    record = tmp_path / "recipe.yaml"
+    record.write_text(to_yaml(recipe))
+    assert f"{script}:Squared" in record.read_text()
+    again = load_recipe(record)
+    assert to_dict(again) == to_dict(recipe)
+    assert type(again.loss).__name__ == "Squared" and again.loss.goal == 0.25  # pyright: ignore
+    assert isinstance(override(RECIPE, [f"loss={script}:Squared"]).loss, type(again.loss).__mro__[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.py:Mine", "nowhere.py"),
+        ("no_such_module:Mine", "no_such_module"),
+        ("lora_dpo.losses:Missing", "no such class Missing"),
+        ("lora_dpo.errors:UserError", "no lora_dpo.Objective UserError"),
+    ],
+)
+def test_an_objective_that_cannot_be_found_is_refused(name: str, words: str):
+    with pytest.raises(RecipeError, match=words):
+        override(RECIPE, [f"loss={name}"])

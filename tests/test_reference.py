@@ -109,7 +109,7 @@ def test_a_second_epoch_asks_the_reference_nothing_and_uses_the_same_values(
     results = []
     for _ in range(2):
         with ReferenceCache.open(model) as cache:
-            sums = step_gradient(model, DPO(), items, count=6, tokens_per_microbatch=60, seed=0, cache=cache)
+            sums = step_gradient(model, DPO(), items, tokens_per_microbatch=60, seed=0, cache=cache)
             cache.commit()
             gradient = torch.cat([p.grad.flatten() for p in model.trainable.values()])  # pyright: ignore
             results.append((sums.loss, gradient, sums.metrics["reference_cache/hit_rate"].item()))
@@ -117,7 +117,7 @@ def test_a_second_epoch_asks_the_reference_nothing_and_uses_the_same_values(
     (loss, gradient, none), (loss_again, gradient_again, all_of_them) = results
     assert torch.equal(loss, loss_again) and torch.equal(gradient, gradient_again)
     assert (none, all_of_them) == (0, 6)
-    without = step_gradient(model, DPO(), items, count=6, tokens_per_microbatch=60, seed=0)
+    without = step_gradient(model, DPO(), items, tokens_per_microbatch=60, seed=0)
     assert torch.equal(without.loss, loss), "what is kept is what the reference says"
 
 
@@ -191,7 +191,7 @@ def test_the_base_is_the_same_with_an_adapter_on_it_after_training_and_when_load
     optimizer = torch.optim.AdamW(list(model.trainable.values()), lr=1e-2)
     model.checkpoint_layers()
     for _ in range(2):
-        step_gradient(model, DPO(), items, count=len(items), tokens_per_microbatch=100, seed=0)
+        step_gradient(model, DPO(), items, tokens_per_microbatch=100, seed=0)
         optimizer.step()
         evaluate(model, DPO(), items)
     assert base_fingerprint(model) == expected
@@ -532,7 +532,7 @@ def test_a_step_that_ran_out_of_memory_leaves_nothing_of_its_attempt(
     monkeypatch.setattr(module, "reference_logprobs", marked)
     monkeypatch.setattr(step, "batch_logprobs", failing)
     with ReferenceCache.open(model) as cache:
-        sums = step_gradient(model, DPO(), items, count=6, tokens_per_microbatch=70, seed=0, cache=cache)
+        sums = step_gradient(model, DPO(), items, tokens_per_microbatch=70, seed=0, cache=cache)
         cache.commit()
         assert failed and sums.tokens_per_microbatch < 70
         for batch in pack(items, sums.tokens_per_microbatch):

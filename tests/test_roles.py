@@ -73,7 +73,7 @@ def test_training_leaves_the_base_as_it_was(small_model: Path, quantization: str
     before = snapshot(model)
     optimizer = torch.optim.AdamW(list(model.trainable.values()), lr=1e-2)
     for _ in range(3):
-        step_gradient(model, DPO(), items, count=len(items), tokens_per_microbatch=100, seed=0)
+        step_gradient(model, DPO(), items, tokens_per_microbatch=100, seed=0)
         optimizer.step()
         evaluate(model, DPO(), items)
     assert snapshot(model) == before
@@ -99,7 +99,7 @@ def test_evaluating_first_does_not_change_gradients(small_model: Path):
             with torch.no_grad():
                 reference_logprobs(model, collate(items, range(len(items))))
             model.network.train()
-        step_gradient(model, DPO(), items, count=len(items), tokens_per_microbatch=1000, seed=0)
+        step_gradient(model, DPO(), items, tokens_per_microbatch=1000, seed=0)
         return gradient(model)
 
     assert torch.equal(step(evaluated=True), step(evaluated=False))
@@ -110,7 +110,7 @@ def test_only_adapter_parameters_receive_gradients(small_model: Path, checkpoint
     model = with_random_adapter(load_model(base_of(small_model), Adapter(rank=4)))
     if checkpointing:
         model.checkpoint_layers()
-    step_gradient(model, DPO(), branches(), count=6, tokens_per_microbatch=1000, seed=0)
+    step_gradient(model, DPO(), branches(), tokens_per_microbatch=1000, seed=0)
     for name, parameter in model.network.named_parameters():
         assert (parameter.grad is not None) == ("lora_" in name), name
         assert parameter.dtype == torch.float32 or "lora_" not in name
@@ -122,7 +122,7 @@ def test_checkpointing_does_not_change_the_gradient(small_model: Path):
         model = with_random_adapter(load_model(base_of(small_model), Adapter(rank=4, dropout=0.2)))
         if checkpointing:
             model.checkpoint_layers()
-        step_gradient(model, DPO(), branches(), count=6, tokens_per_microbatch=1000, seed=7)
+        step_gradient(model, DPO(), branches(), tokens_per_microbatch=1000, seed=7)
         gradients.append(gradient(model))
     assert torch.equal(*gradients)
 

@@ -153,8 +153,7 @@ def train_base(model: Model, branches: Sequence, settings: BaseSettings, display
     with display.counting("training the quickstart's base", steps) as advance:
         for step in range(steps):
             items = [branches[n] for n in sampler.step(step)]
-            count = sum(item.scored_count(0) for item in items)
-            step_gradient(model, SFT(), items, count=count, tokens_per_microbatch=8192, seed=step)
+            step_gradient(model, SFT(), items, tokens_per_microbatch=8192, seed=step)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             set_learning_rate(optimizer, learning_rate(schedule, step, steps))
             optimizer.step()

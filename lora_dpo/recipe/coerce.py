@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 import reprlib
 import types
@@ -20,23 +19,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import yaml
 
 from lora_dpo.errors import RecipeError
-
-
-@dataclass(frozen=True)
-class AtLeast:
-    """A bound for a number: value ≥ low, or > low with `exclusive`, and ≤ high where one is given."""
-
-    low: float
-    high: float = math.inf
-    exclusive: bool = False
-
-    def accepts(self, value: float) -> bool:
-        above = value > self.low if self.exclusive else value >= self.low
-        return above and value <= self.high and math.isfinite(value)
-
-    def __str__(self) -> str:
-        low = f"{'greater than' if self.exclusive else 'at least'} {self.low:g}"
-        return low if math.isinf(self.high) else f"{low} and at most {self.high:g}"
+from lora_dpo.losses import OBJECTIVES, Objective
+from lora_dpo.recipe.own import import_objective
 
 
 @dataclass(frozen=True)
@@ -76,6 +60,8 @@ def coerce(hint: Any, value: Any, key: str) -> Any:
         return _coerce_union(hint, value, key)
     if origin is tuple:
         return _coerce_tuple(hint, value, key)
+    if hint is Objective:
+        return parse_objective(value, key)
     if dataclasses.is_dataclass(hint):
         return _coerce_dataclass(typing.cast(type, hint), value, key)
     return _coerce_plain(hint, value, key)
@@ -158,6 +144,28 @@ def _coerce_plain(hint: Any, value: Any, key: str) -> Any:
     raise refusal(key, value, describe(hint))
 
 
+def parse_objective(value: Any, key: str) -> Objective:
+    """An objective from an instance, a name, or a mapping with its name under `objective`.
+
+    The name is one of `OBJECTIVES`, or a class of the user's: "file.py:Class" or "module:Class".
+    """
+    if isinstance(value, Objective):
+        return value
+    if isinstance(value, type) and issubclass(value, Objective):
+        raise refusal(key, value, f"an instance: {value.__name__}()")
+    value = _structured(value, key)
+    if isinstance(value, str):
+        value = {"objective": value}
+    if not isinstance(value, Mapping) or "objective" not in value:
+        raise refusal(key, value, f"an objective: one of {', '.join(OBJECTIVES)}")
+    name = str(value["objective"])
+    kind = OBJECTIVES.get(name) or (import_objective(name, f"{key}.objective") if ":" in name else None)
+    if kind is None:
+        known = f"one of {', '.join(OBJECTIVES)}, or file.py:Class{nearest(name, OBJECTIVES)}"
+        raise refusal(f"{key}.objective", name, known)
+    return build(kind, {k: v for k, v in value.items() if k != "objective"}, key)
+
+
 def _structured(value: Any, key: str) -> Any:
     """Text such as "[a, b]" or "{path: a}" as the list or mapping that it writes."""
     if not (isinstance(value, str) and value[:1] in "[{" and value):
@@ -189,6 +197,8 @@ def describe(hint: Any) -> str:
         return " or ".join("null" if o is types.NoneType else describe(o) for o in get_args(hint))
     if origin is tuple:
         return f"a list of {describe(get_args(hint)[0])}"
+    if hint is Objective:
+        return f"an objective: one of {', '.join(OBJECTIVES)}"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 

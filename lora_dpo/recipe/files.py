@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import runpy
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +12,18 @@ from typing import Any
 import yaml
 
 from lora_dpo.errors import RecipeError
-from lora_dpo.losses import OBJECTIVES
-from lora_dpo.recipe.coerce import build, coerce, describe, field_names, hints_of, unknown_key
-from lora_dpo.recipe.schema import Recipe, Source, parse_objective
+from lora_dpo.losses import Objective
+from lora_dpo.recipe.coerce import (
+    build,
+    coerce,
+    describe,
+    field_names,
+    hints_of,
+    parse_objective,
+    unknown_key,
+)
+from lora_dpo.recipe.own import objective_name, run_script
+from lora_dpo.recipe.schema import Recipe, Source
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -29,22 +36,13 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     if not file.is_file():
         raise RecipeError(f"no recipe file {file}")
     if file.suffix == ".py":
-        made = _run_script(file).get("recipe")
+        made = run_script(file).get("recipe")
         if not isinstance(made, Recipe):
             raise RecipeError(f"{file} does not set a variable `recipe` to a lora_dpo.Recipe")
         return override(made, overrides)
     if file.suffix in (".yaml", ".yml"):
         return override(from_dict(_read_yaml(file)), overrides)
     raise RecipeError(f"{file}: a recipe is a .py or a .yaml file")
-
-
-def _run_script(file: Path) -> dict[str, Any]:
-    """The script's variables; it may import files beside it, as it could if python ran it."""
-    sys.path.insert(0, str(file.parent.absolute()))
-    try:
-        return runpy.run_path(str(file), run_name="recipe")
-    finally:
-        sys.path.pop(0)
 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:
@@ -66,8 +64,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Nested mappings of plain values; `from_dict` gives the recipe back."""
 
     def plain(value: Any) -> Any:
-        if type(value) in OBJECTIVES.values():
-            return {"objective": type(value).__name__, **fields(value)}
+        if isinstance(value, Objective):
+            return {"objective": objective_name(type(value)), **fields(value)}
         if dataclasses.is_dataclass(value):
             return fields(value)
         if isinstance(value, tuple):
@@ -135,14 +133,26 @@ def _replaced(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
             section = coerce(hints_of(Recipe)[name], values[name], name)
         below = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")}
         if name == "loss":
-            current = {k: getattr(section, k) for k in field_names(type(section))}
-            given = {"objective": type(section).__name__, **current, **below}
-            changes[name] = parse_objective(given, "loss") if below else section
+            changes[name] = _changed(section, below, "loss")
         else:
             hints = hints_of(type(section)) if below else {}
             parsed = {k: coerce(hints[k], v, f"{name}.{k}") for k, v in below.items()}
             changes[name] = dataclasses.replace(section, **parsed) if below else section
     return dataclasses.replace(recipe, **changes)
+
+
+def _changed(objective: Objective, below: Mapping[str, str], key: str) -> Objective:
+    """The objective with fields changed; a dot leads into the objective that it is around: `of.beta`."""
+    if not below:
+        return objective
+    values = {k: getattr(objective, k) for k in field_names(type(objective))}
+    values |= {k: v for k, v in below.items() if "." not in k}
+    for name in {k.partition(".")[0] for k in below if "." in k}:
+        deeper = {k.partition(".")[2]: v for k, v in below.items() if k.startswith(name + ".")}
+        if not isinstance(getattr(objective, name, None), Objective):
+            raise unknown_key(f"{key}.{name}.{next(iter(deeper))}", [f"{key}.{k}" for k in values])
+        values[name] = _changed(parse_objective(values[name], f"{key}.{name}"), deeper, f"{key}.{name}")
+    return parse_objective({"objective": objective_name(type(objective)), **values}, key)
 
 
 def _check_known(recipe: Recipe, key: str) -> None:

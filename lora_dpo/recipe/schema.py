@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
+from lora_dpo.bounds import AtLeast
 from lora_dpo.errors import RecipeError
-from lora_dpo.losses import DPO, OBJECTIVES, Objective
-from lora_dpo.recipe.coerce import AtLeast, Parsed, build, coerce, hints_of, nearest, refusal
+from lora_dpo.losses import DPO, Objective
+from lora_dpo.recipe.coerce import Parsed, coerce, hints_of, refusal
 
 Count = Annotated[int, AtLeast(1)]
 CountOrZero = Annotated[int, AtLeast(0)]
@@ -201,30 +201,13 @@ class Training(Section):
             raise RecipeError(f"training.best_metric got {self.best_metric!r}; leave out the eval/ in front")
 
 
-def parse_objective(value: Any, key: str) -> Objective:
-    """An objective from an instance, a name, or a mapping with its name under `objective`."""
-    if isinstance(value, Objective) and not isinstance(value, type):
-        return value
-    if isinstance(value, str):
-        value = {"objective": value}
-    if not isinstance(value, Mapping) or "objective" not in value:
-        raise refusal(key, value, f"an objective: one of {', '.join(OBJECTIVES)}")
-    name = str(value["objective"])
-    if name not in OBJECTIVES:
-        raise refusal(f"{key}.objective", name, f"one of {', '.join(OBJECTIVES)}{nearest(name, OBJECTIVES)}")
-    return build(OBJECTIVES[name], {k: v for k, v in value.items() if k != "objective"}, key)
-
-
-AnObjective = Annotated[Objective, Parsed(parse_objective, f"an objective: one of {', '.join(OBJECTIVES)}")]
-
-
 @dataclass(frozen=True)
 class Recipe(Section):
     """A whole run. `run_directory` is where everything that it makes is written."""
 
     base: Base
     data: Data
-    loss: AnObjective = field(default_factory=DPO)
+    loss: Objective = field(default_factory=DPO)
     adapter: Adapter = field(default_factory=Adapter)
     training: Training = field(default_factory=Training)
     run_directory: str = "runs/latest"

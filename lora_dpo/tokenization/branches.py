@@ -6,7 +6,7 @@ Legend: `P` prefix tokens, `R_i` tokens of rest i.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -45,6 +45,11 @@ class Branches:
     def side(self, index: int) -> Ids:
         """Side `index` alone, as the whole conversation was tokenized: int32 [P + R_i]."""
         return np.concatenate([self.prefix, self.rests[index]])
+
+    def only(self, sides: Sequence[int]) -> Branches:
+        """These sides alone."""
+        rests, scored = (tuple(parts[n] for n in sides) for parts in (self.rests, self.scored))
+        return replace(self, rests=rests, scored=scored)
 
     def scored_count(self, index: int) -> int:
         return int(self.scored[index].sum())

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -22,7 +22,10 @@ from lora_dpo.training.optimizer import optimizer_state, restore_optimizer
 
 @dataclass
 class TrainingState:
-    """The counters of a run. step: optimizer steps done. best: the best metric so far, and at which step."""
+    """The counters of a run. step: optimizer steps done. best: the best metric so far, and at which step.
+
+    objective: what an objective with state handed to the next step.
+    """
 
     step: int = 0
     tokens_per_microbatch: int = 0
@@ -33,6 +36,7 @@ class TrainingState:
     loss_scale_growth: int = 0
     skipped_in_a_row: int = 0
     data: str = ""
+    objective: dict[str, float] = field(default_factory=dict)
 
 
 def save_checkpoint(

@@ -5,15 +5,15 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lora_dpo.batching import cost, pack
 from lora_dpo.evaluation import batch_logprobs
-from lora_dpo.losses import Objective
+from lora_dpo.losses import LogProbs, Loss, Objective, Totals, weighted
 from lora_dpo.model import Model
 from lora_dpo.reference import ReferenceCache
 from lora_dpo.tokenization import Branches
@@ -21,12 +21,15 @@ from lora_dpo.training.host_memory import give_back_freed
 
 log = logging.getLogger(__name__)
 
+Gather = Callable[[LogProbs], tuple[Sequence[LogProbs], int]]
+
 
 @dataclass(eq=False)
 class StepSums:
     """What a step adds up, as tensors on the device: nothing is read back before the step is done.
 
-    loss: the sum of example losses over the step's count. metrics: sums over this process's examples.
+    loss: the sum of example losses over the step's examples. metrics: sums over this process's examples.
+    state: what the objective hands to the next step.
     """
 
     examples: int
@@ -34,6 +37,22 @@ class StepSums:
     loss: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     tokens_per_microbatch: int = 0
+    state: Mapping[str, float | Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step is made of; see `step_gradient`."""
+
+    model: Model
+    objective: Objective
+    branches: Sequence[Branches]
+    totals: Totals
+    seed: int
+    backward: Callable[[Tensor], None]
+    cache: ReferenceCache | None
+    state: Mapping[str, float]
+    gather: Gather | None
 
 
 def step_gradient(
@@ -41,19 +60,34 @@ def step_gradient(
     objective: Objective,
     branches: Sequence[Branches],
     *,
-    count: float,
     tokens_per_microbatch: int,
     seed: int,
+    totals: Totals | None = None,
     backward: Callable[[Tensor], None] = torch.Tensor.backward,
     cache: ReferenceCache | None = None,
+    state: Mapping[str, float] | None = None,
+    gather: Gather | None = None,
 ) -> StepSums:
-    """Accumulate the gradient of (Σ example losses) / count over these examples into the adapters.
+    """Accumulate the gradient of (Σ example losses) / examples over these examples into the adapters.
 
-    count: the divisor of the whole step, over all processes. seed: of the step's dropout. When memory runs
-    out, the gradients are dropped, the RNG is rewound and the step repeated with half the budget: slower,
-    and the same mathematics. Reference log-probs are read from `cache`; what it lacks awaits the caller's
-    `cache.commit()`. Raises torch.OutOfMemoryError where a single example does not fit.
+    totals: of the whole step, over all processes; by itself, these examples are the step. seed: of the step's
+    dropout. When memory runs out, the gradients are dropped, the RNG is rewound and the step repeated with
+    half the budget: slower, and the same mathematics. Reference log-probs are read from `cache`; what it
+    lacks awaits the caller's `cache.commit()`. state: what the objective returned after the last step.
+    gather: for a step over several processes, own log-probs → (those of every process, which are the own).
+    Raises torch.OutOfMemoryError where a single example does not fit.
     """
+    step = Step(
+        model,
+        objective,
+        branches,
+        totals or step_totals(branches),
+        seed,
+        backward,
+        cache,
+        state or {},
+        gather,
+    )
     budget = tokens_per_microbatch
     while True:
         for parameter in model.trainable.values():
@@ -62,7 +96,7 @@ def step_gradient(
             cache.drop_pending()
         torch.manual_seed(seed)
         try:
-            return _accumulate(model, objective, branches, count, budget, backward, cache)
+            return _accumulate(step, budget)
         except torch.OutOfMemoryError:
             longest = max(cost([item], model.way) for item in branches)
             if budget <= longest:
@@ -75,31 +109,123 @@ def step_gradient(
             torch.cuda.empty_cache()
 
 
-def _accumulate(
-    model: Model,
-    objective: Objective,
-    branches: Sequence[Branches],
-    count: float,
-    budget: int,
-    backward: Callable[[Tensor], None],
-    cache: ReferenceCache | None,
-) -> StepSums:
-    tokens = sum(cost([item], model.way) for item in branches)
-    sums = StepSums(len(branches), tokens, torch.zeros((), device=model.device), tokens_per_microbatch=budget)
+def step_totals(branches: Sequence[Branches]) -> Totals:
+    """How many examples, and scored tokens of each side, make up a step of these."""
+    sides = range(branches[0].sides if branches else 0)
+    return Totals(len(branches), tuple(sum(item.scored_count(n) for item in branches) for n in sides))
+
+
+def _accumulate(step: Step, budget: int) -> StepSums:
+    model, cache = step.model, step.cache
+    tokens = sum(cost([item], model.way) for item in step.branches)
+    loss = torch.zeros((), device=model.device, dtype=torch.float64)
+    sums = StepSums(len(step.branches), tokens, loss, tokens_per_microbatch=budget)
     before = 0 if cache is None else cache.hits
-    for batch in pack(branches, budget, model.way):
-        loss = objective(batch_logprobs(model, objective, batch.to(model.device), cache))
-        total = loss.per_example.sum() / count
-        backward(total)
-        sums.loss += total.detach()
-        for name, values in loss.metrics.items():
-            sums.metrics[name] = sums.metrics.get(name, 0) + values.sum()
-        del batch, loss, total
-        give_back_freed(model.device)
+    if step.objective.needs.whole_step:
+        _whole_step(step, budget, sums)
+    else:
+        _by_microbatch(step, budget, sums)
     if cache is not None:
         read = torch.full((), cache.hits - before, device=model.device)
         sums.metrics["reference_cache/hit_rate"] = read
     return sums
+
+
+def _by_microbatch(step: Step, budget: int, sums: StepSums) -> None:
+    """Each micro-batch forward, its losses, and backward."""
+    model = step.model
+    for batch in pack(step.branches, budget, model.way):
+        batch = batch.to(model.device)
+        logprobs = batch_logprobs(model, step.objective, batch, step.cache, totals=step.totals)
+        loss = step.objective(logprobs)
+        total = weighted(loss, logprobs).sum() / step.totals.examples
+        step.backward(total)
+        _add(sums, loss, total.detach())
+        del batch, logprobs, loss, total
+        give_back_freed(model.device)
+
+
+def _whole_step(step: Step, budget: int, sums: StepSums) -> None:
+    """Log-probs of every micro-batch without gradient; the loss of the whole step and its gradient by them;
+    then each micro-batch again, its log-probs times their gradients, backward.
+    """
+    own = _without_gradient(step, budget)
+    parts, mine = ([own], 0) if step.gather is None else step.gather(own)
+    leaves, wanted = replace(_interleaved(parts), state=step.state).differentiable()
+    loss = step.objective(leaves)
+    per_example = weighted(loss, leaves)
+    found = torch.autograd.grad(
+        per_example.sum() / step.totals.examples, list(wanted.values()), allow_unused=True
+    )
+    rows = slice(mine, None, len(parts))
+    metrics = {name: values[rows] for name, values in loss.metrics.items()}
+    total = per_example[rows].sum().detach() / step.totals.examples
+    _add(sums, Loss(per_example, metrics, loss.state), total)
+    tokens = slice(0)
+    if own.tokens is not None:
+        start = sum(len(part.by_token.policy) for part in parts[:mine])
+        tokens = slice(start, start + len(own.by_token.policy))
+    slopes = {
+        name: slope[rows if name == "policy" else tokens]
+        for name, slope in zip(wanted, found, strict=True)
+        if slope is not None
+    }
+    # Rewound, so that both passes see the same dropout.
+    torch.manual_seed(step.seed)
+    _replay(step, budget, slopes)
+
+
+def _without_gradient(step: Step, budget: int) -> LogProbs:
+    """The own examples' log-probs, in their order; tokens in the order of micro-batches."""
+    parts, order = [], []
+    with torch.no_grad():
+        for batch in pack(step.branches, budget, step.model.way):
+            batch = batch.to(step.model.device)
+            parts.append(batch_logprobs(step.model, step.objective, batch, step.cache, totals=step.totals))
+            order += batch.examples
+            del batch
+            give_back_freed(step.model.device)
+    return LogProbs.joined(parts).reordered(order)
+
+
+def _interleaved(parts: Sequence[LogProbs]) -> LogProbs:
+    """The whole step's, from each process's: process p of P has the examples p, p + P, …"""
+    places = [n * len(parts) + p for p, part in enumerate(parts) for n in range(len(part.lengths))]
+    return LogProbs.joined(parts).reordered(places)
+
+
+def _replay(step: Step, budget: int, slopes: Mapping[str, Tensor]) -> None:
+    """Backward through every micro-batch, from the gradients by its log-probs.
+
+    slopes: "policy" [examples, sides], and where the objective looks at tokens "tokens.policy" and
+    "tokens.divergence", one for each score row in the order of the first pass.
+    """
+    model, sides = step.model, step.objective.needs.trained_sides
+    branches = step.branches if sides is None else [item.only(sides) for item in step.branches]
+    start = 0
+    for batch in pack(branches, budget, model.way):
+        logprobs = batch_logprobs(model, step.objective, batch.to(model.device), policy_only=True)
+        total = torch.zeros((), device=model.device, dtype=torch.float64)
+        if "policy" in slopes:
+            of_sides = slopes["policy"][list(batch.examples)]
+            total = (
+                total + (logprobs.policy * (of_sides if sides is None else of_sides[:, list(sides)])).sum()
+            )
+        for name in ("policy", "divergence"):
+            if f"tokens.{name}" in slopes:
+                rows = slopes[f"tokens.{name}"][start : start + len(batch.targets)]
+                total = total + (getattr(logprobs.by_token, name) * rows).sum()
+        start += len(batch.targets)
+        step.backward(total)
+        del batch, logprobs, total
+        give_back_freed(model.device)
+
+
+def _add(sums: StepSums, loss: Loss, total: Tensor) -> None:
+    sums.loss += total
+    for name, values in loss.metrics.items():
+        sums.metrics[name] = sums.metrics.get(name, 0) + values.sum()
+    sums.state = loss.state
 
 
 def step_seed(seed: int, step: int, process: int = 0) -> int:

@@ -14,11 +14,12 @@ from typing import cast
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from lora_dpo.batching import StepSampler
 from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
+from lora_dpo.losses import LogProbs
 from lora_dpo.model import Model
 from lora_dpo.recipe import Recipe, to_dict
 from lora_dpo.reference import ReferenceCache
@@ -36,7 +37,7 @@ from lora_dpo.training.observers import Observer, Record, metrics_file, trackers
 from lora_dpo.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display, duration
-from lora_dpo.training.step import StepSums, step_gradient, step_seed
+from lora_dpo.training.step import StepSums, step_gradient, step_seed, step_totals
 
 SKIPS = 20
 """So many updates in a row may overflow under loss scaling; then the run is broken, not the scale."""
@@ -155,17 +156,18 @@ class Trainer:
         examples = self.sampler.step(self.state.step)
         mine = examples[self.accelerator.process_index :: self.accelerator.num_processes]
         train = self.data.train
-        lengths = torch.tensor([[int(mask.sum()) for mask in train[n].scored] for n in examples])
         sums = step_gradient(
             self.model,
             self.objective,
             [train[n] for n in mine],
-            count=self.objective.count(lengths),
+            totals=step_totals([train[n] for n in examples]),
             tokens_per_microbatch=self.state.tokens_per_microbatch,
             seed=step_seed(self.training.seed, self.state.step, self.accelerator.process_index),
             # Not Accelerator.backward: it divides by the accumulation steps of the user's accelerate config.
             backward=lambda loss: self.scaler.scale(loss).backward(),
             cache=self.cache,
+            state=self.state.objective,
+            gather=self._gather if self.accelerator.num_processes > 1 else None,
         )
         self.state.tokens_per_microbatch = sums.tokens_per_microbatch
         metrics = self._means(sums, len(examples))
@@ -177,7 +179,13 @@ class Trainer:
         if self.cache is not None:
             self.cache.commit()
         self.state.step += 1
+        self.state.objective = {name: float(value) for name, value in sums.state.items()}
         return metrics | self._speed(metrics["tokens"], examples, began)
+
+    def _gather(self, own: LogProbs) -> tuple[list[LogProbs], int]:
+        """Every process's log-probs of the step, for objectives that look at all of it."""
+        parts = [part.to(self.model.device) for part in gather_object([own.to("cpu")])]
+        return parts, self.accelerator.process_index
 
     def _update(self) -> float:
         """Add up the processes' gradients, clip, step the optimizer; returns the norm before clipping.

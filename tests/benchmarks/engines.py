@@ -125,7 +125,6 @@ class LoraDpo:
             self.model,
             self.objective,
             pairs,
-            count=float(len(pairs)),
             tokens_per_microbatch=self.job.tokens_per_microbatch,
             seed=step_seed(SEED, step),
             **extra,

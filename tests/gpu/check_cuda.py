@@ -72,9 +72,7 @@ class Card:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start, began = torch.cuda.memory_allocated(), time.perf_counter()
-        sums = step_gradient(
-            self.model, DPO(), self.pairs, count=len(self.pairs), tokens_per_microbatch=budget, seed=0
-        )
+        sums = step_gradient(self.model, DPO(), self.pairs, tokens_per_microbatch=budget, seed=0)
         torch.cuda.synchronize()
         seconds = time.perf_counter() - began
         peak = torch.cuda.max_memory_allocated() - start
@@ -191,7 +189,6 @@ def float16_gives_finite_gradients(card: Card) -> tuple[bool, str]:
         model,
         DPO(),
         card.pairs[:2],
-        count=2,
         tokens_per_microbatch=8192,
         seed=0,
         backward=lambda loss: scaler.scale(loss).backward(),

@@ -1,0 +1,51 @@
+"""A user's own objective: where its class is, and back."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from lora_dpo.errors import RecipeError
+from lora_dpo.losses import OBJECTIVES, Objective
+
+
+def objective_name(kind: type[Objective]) -> str:
+    """What `recipe.yaml` calls a class: its name, or "module:Class", or "/path/to/file.py:Class" for one that
+    no module of that name would give back, such as a class in a recipe script.
+    """
+    if OBJECTIVES.get(kind.__name__) is kind:
+        return kind.__name__
+    module = sys.modules.get(kind.__module__)
+    if kind.__module__ != "__main__" and getattr(module, kind.__qualname__, None) is kind:
+        return f"{kind.__module__}:{kind.__qualname__}"
+    call: Any = kind.__call__
+    return f"{os.path.abspath(call.__code__.co_filename)}:{kind.__qualname__}"
+
+
+def import_objective(name: str, key: str) -> type[Objective]:
+    """The class of such a name; its file is run, so it is as trusted as any script. Raises RecipeError."""
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            found: Any = run_script(Path(place)).get(attribute)
+        else:
+            found = getattr(importlib.import_module(place), attribute, None)
+    except (ImportError, OSError) as error:
+        raise RecipeError(f"{key} got {name!r}: {error}") from None
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        what = "no such class" if found is None else "no lora_dpo.Objective"
+        raise RecipeError(f"{key} got {name!r}: {place} has {what} {attribute}")
+    return found
+
+
+def run_script(file: Path) -> dict[str, Any]:
+    """The script's variables; it may import files beside it, as it could if python ran it."""
+    sys.path.insert(0, str(file.parent.absolute()))
+    try:
+        return runpy.run_path(str(file), run_name="recipe")
+    finally:
+        sys.path.pop(0)

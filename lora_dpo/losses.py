@@ -5,7 +5,9 @@ Legend: `B` examples (pairs, for DPO), `k` sides of an example.
 An objective is a frozen dataclass. What it needs it declares as data, and the trainer gives it; the trainer
 never asks for an objective's name:
 
-`sides`            the names of an example's sides, which say how records become branches
+`records`          what the data are read as: "pairs", "demonstrations" or "ratings"
+`sides`            the names of an example's sides: two of a pair, the response of a demonstration, the
+                   completion of a rating and the mismatched one
 `needs_reference`  whether reference log-probs are computed
 `count(lengths)`   what the sum of the step's losses is divided by
 
@@ -17,13 +19,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from lora_dpo.errors import RecipeError
+
+Records = Literal["pairs", "demonstrations", "ratings"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +66,7 @@ class Loss:
 class Objective(Protocol):
     """What the trainer knows of an objective."""
 
+    records: ClassVar[Records]
     sides: ClassVar[tuple[str, ...]]
     needs_reference: ClassVar[bool]
 
@@ -82,6 +87,7 @@ class DPO:
     """
 
     beta: float = 0.1
+    records: ClassVar[Records] = "pairs"
     sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     needs_reference: ClassVar[bool] = True
 
@@ -106,6 +112,7 @@ class SFT:
     The mean is over the step's tokens, so a long response weighs more than a short one, as is usual.
     """
 
+    records: ClassVar[Records] = "demonstrations"
     sides: ClassVar[tuple[str, ...]] = ("response",)
     needs_reference: ClassVar[bool] = False
 

@@ -10,14 +10,25 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from builders import random_branches, small_tokenizer
+import torch
+from builders import (
+    float64_model,
+    float64_throughout,
+    llama_config,
+    random_branches,
+    single_sequence_logprobs,
+    small_tokenizer,
+)
 from torch import Tensor
 
+from lora_dpo.batching import pack
 from lora_dpo.errors import RecipeError
 from lora_dpo.finished import _distinct_prompts, _preferred
+from lora_dpo.logprobs import token_logprobs
 from lora_dpo.losses import DPO, SFT, LogProbs, Loss
 from lora_dpo.preferences import Rating, Where
 from lora_dpo.recipe import Data
+from lora_dpo.tokenization import share
 from lora_dpo.training import Display, prepare_data, prepare_held_out
 from lora_dpo.training.checkpoint import data_fingerprint
 
@@ -87,6 +98,24 @@ def test_the_same_data_again_come_from_the_cache_with_their_values(
         (one, other) = (getattr(data, part) for data in (first, again))
         assert [item.values for item in one] == [item.values for item in other]
         assert [item.key for item in one] == [item.key for item in other]
+
+
+def test_packed_ratings_have_the_log_probs_of_one_sequence_at_a_time_also_where_responses_are_alike(
+    prepare: Prepare,
+):
+    items = prepare(Rated()).train
+    prefix, mask = items[0].side(0), items[0].scored[0]
+    items.append(share([prefix, prefix], [mask, mask], items[0].where, items[0].values))
+    assert [len(rest) for rest in items[-1].rests] == [0, 0]
+    with float64_throughout(), torch.no_grad():
+        model = float64_model(llama_config(vocab_size=320))
+        expected = torch.stack([single_sequence_logprobs(model, item) for item in items])
+        weights = []
+        for batch in pack(items, 60):
+            found = batch.per_sequence(token_logprobs(model, batch))
+            assert torch.allclose(found, expected[list(batch.examples)], rtol=1e-9, atol=1e-9)
+            weights += zip(batch.examples, batch.values["weight"].tolist(), strict=True)
+    assert [weight for _, weight in sorted(weights)] == [*(n // 2 for n in range(12)), 0]
 
 
 def test_how_many_of_each_kind_there_are_is_said_for_ratings_only(

@@ -32,6 +32,9 @@ positions, "packed by mask" by a mask. "padded": every sequence is a row. "singl
 MERGED_TOKENS = 192
 """Short examples are attended to together, under one mask, up to this many tokens."""
 
+DEFAULT_VALUES = {"weight": 1.0, "margin": 0.0}
+"""What an example without this value has, beside examples that have it."""
+
 
 @dataclass(frozen=True)
 class Block:
@@ -172,7 +175,8 @@ class MicroBatch:
     token_ids, positions: int64 [T]. score_positions, targets, sequences: int64 [S]; row s scores token
     targets[s] after hidden state score_positions[s] for sequence sequences[s] of N = examples × sides.
     examples: which examples of the step these are. keys: `Branches.key` of each. rows: how many score rows
-    each has; they lie one example after another.
+    each has; they lie one example after another. values: name → float64 [examples], for the names that any
+    of the examples has that were packed together with these.
     """
 
     token_ids: Tensor
@@ -194,7 +198,8 @@ class MicroBatch:
     def to(self, device: torch.device) -> MicroBatch:
         names = ("token_ids", "positions", "score_positions", "targets", "sequences")
         moved = {name: sent(getattr(self, name), device) for name in names}
-        return replace(self, layout=self.layout.to(device), **moved)
+        values = {name: sent(value, device) for name, value in self.values.items()}
+        return replace(self, layout=self.layout.to(device), values=values, **moved)
 
     def per_sequence(self, values: Tensor) -> Tensor:
         """Sums of score rows [S] by sequence: float64, or int64 for integers, [examples, sides].
@@ -216,8 +221,10 @@ class MicroBatch:
         return self.per_sequence(torch.ones_like(self.targets))
 
 
-def collate(branches: Sequence[Branches], examples: Sequence[int]) -> MicroBatch:
-    """One micro-batch of these examples, in this order."""
+def collate(
+    branches: Sequence[Branches], examples: Sequence[int], names: Sequence[str] | None = None
+) -> MicroBatch:
+    """One micro-batch of these examples, in this order; names: of its values, None for those they have."""
     ids, positions, example, branch, lengths = [], [], [], [], []
     score_positions, targets, sequences = [], [], []
     start = 0
@@ -253,7 +260,23 @@ def collate(branches: Sequence[Branches], examples: Sequence[int]) -> MicroBatch
         sides=branches[0].sides,
         keys=tuple(item.key for item in branches),
         rows=tuple(sum(map(item.scored_count, range(item.sides))) for item in branches),
+        values=_values(branches, value_names(branches) if names is None else names),
     )
+
+
+def value_names(branches: Sequence[Branches]) -> list[str]:
+    """The names of values that any of these has."""
+    return sorted({name for item in branches for name in item.values})
+
+
+def _values(branches: Sequence[Branches], names: Sequence[str]) -> dict[str, Tensor]:
+    """name → float64 [examples]."""
+    rows = {name: [_value(item, name) for item in branches] for name in names}
+    return {name: torch.tensor(row, dtype=torch.float64) for name, row in rows.items()}
+
+
+def _value(item: Branches, name: str) -> float:
+    return item.values[name] if name in item.values else DEFAULT_VALUES[name]
 
 
 def _int64(parts: Sequence[np.ndarray]) -> Tensor:
@@ -307,7 +330,8 @@ def pack(
                 break
         else:
             bins.append((sizes[example], [example]))
-    return (collate([branches[n] for n in members], members) for _, members in bins)
+    names = value_names(branches)
+    return (collate([branches[n] for n in members], members, names) for _, members in bins)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from lora_dpo.errors import DataError, RunError
 from lora_dpo.evaluation import Evaluation, evaluate
 from lora_dpo.model import Model, load_adapter, load_model, load_tokenizer
-from lora_dpo.preferences import Demonstration, Preference
+from lora_dpo.preferences import AnyRecord, Preference, Rating
 from lora_dpo.recipe import Recipe, load_recipe, override
 from lora_dpo.run_directory import RunDirectory, write_text
 from lora_dpo.sampling import greedy
@@ -35,7 +35,10 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt and what base and policy answer to it, greedily."""
+    """One held-out prompt and what base and policy answer to it, greedily.
+
+    chosen: the answer that the data prefer; empty where they have only thumbs down.
+    """
 
     prompt: str
     base: str
@@ -131,14 +134,20 @@ def side_by_side(
     return samples
 
 
-def _preferred(record: Preference | Demonstration) -> Any:
-    return record.chosen if isinstance(record, Preference) else record.response
+def _preferred(record: AnyRecord) -> Any:
+    if isinstance(record, Preference):
+        return record.chosen
+    return "" if isinstance(record, Rating) and not record.desirable else record.response
 
 
-def _distinct_prompts(records: Sequence[Preference] | Sequence[Demonstration]) -> list[Any]:
-    return list(
-        {json.dumps(record.prompt, sort_keys=True, default=str): record for record in records}.values()
-    )
+def _distinct_prompts(records: Sequence[AnyRecord]) -> list[AnyRecord]:
+    """One record a prompt: the last one that names a preferred answer, if any does."""
+    found: dict[str, AnyRecord] = {}
+    for record in records:
+        prompt = json.dumps(record.prompt, sort_keys=True, default=str)
+        if prompt not in found or _preferred(record):
+            found[prompt] = record
+    return list(found.values())
 
 
 def shown(turns: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -88,6 +89,39 @@ def test_variable_length_arguments_give_the_attention_that_the_masks_give():
         assert torch.equal(seen, layout.mask(block, None))
         queries += len(rows)
     assert queries == len(layout.example)
+
+
+numbers = st.fixed_dictionaries(
+    {"desirable": st.sampled_from([0.0, 1.0])},
+    optional={"weight": st.floats(0, 9), "margin": st.floats(-9, 9)},
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(
+    sizes.flatmap(lambda shapes: st.tuples(st.just(shapes), *(numbers for _ in shapes))), st.integers(1, 300)
+)
+def test_values_follow_their_examples_into_every_micro_batch_with_defaults_for_what_they_lack(drawn, budget):
+    shapes, *values = drawn
+    rng = np.random.default_rng(0)
+    items = [
+        replace(random_branches(rng, prefix, rests), values=own)
+        for (prefix, rests), own in zip(shapes, values, strict=True)
+    ]
+    names = {name for own in values for name in own}
+    for batch in pack(items, budget):
+        assert set(batch.values) == names, "the same in every micro-batch"
+        for name, found in batch.values.items():
+            assert found.dtype == torch.float64
+            default = {"weight": 1.0, "margin": 0.0}.get(name)
+            assert found.tolist() == [values[n].get(name, default) for n in batch.examples]
+
+
+def test_values_move_with_their_micro_batch_and_none_is_made_up():
+    item = random_branches(np.random.default_rng(0), 3, (2, 2))
+    assert collate([item], [0]).values == {}
+    moved = collate([replace(item, values={"weight": 0.1})], [0]).to(torch.device("meta"))
+    assert {name: value.device.type for name, value in moved.values.items()} == {"weight": "meta"}
 
 
 @settings(deadline=None, derandomize=True)

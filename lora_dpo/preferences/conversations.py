@@ -101,6 +101,13 @@ def split_at_first_response(conversation: Messages) -> tuple[Messages, Messages]
     return conversation, ()
 
 
+def split_at_last_response(conversation: Messages) -> tuple[Messages, Messages]:
+    """The messages up to the last user's, and what follows it."""
+    users = [index for index, message in enumerate(conversation) if message["role"] == "user"]
+    start = users[-1] + 1 if users else 0
+    return conversation[:start], conversation[start:]
+
+
 def split_pair(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
     """(prompt, chosen, rejected) of two whole conversations.
 

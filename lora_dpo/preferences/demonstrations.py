@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lora_dpo.preferences.conversations import messages, split_at_first_response, with_system
 from lora_dpo.preferences.layouts import (
     PREFERENCE_LAYOUTS,
@@ -13,7 +15,7 @@ from lora_dpo.preferences.layouts import (
     read_pair,
     unknown_columns,
 )
-from lora_dpo.preferences.records import Row
+from lora_dpo.preferences.records import Messages, Row
 
 ANSWERS = ("completion", "response", "output", "answer")
 
@@ -31,26 +33,24 @@ def _one_sided(prompt: object, row: Row) -> Sides:
     return Sides(turns, response, ())
 
 
-def _read_conversation(row: Row, column: str) -> Sides:
-    """The response begins with the first assistant turn, so that all of them are scored."""
-    prompt, response = split_at_first_response(messages(row[column], "user"))
-    return Sides(with_system(row, prompt), response, ())
-
-
 def _read_alpaca(row: Row) -> Sides:
     return Sides(alpaca_prompt(row), messages(_answer(row), "assistant"), ())
 
 
-DEMONSTRATION_LAYOUTS = (
-    Layout(
-        "messages", "messages", lambda row: "messages" in row, lambda row: _read_conversation(row, "messages")
-    ),
-    Layout(
-        "ShareGPT",
-        "conversations",
-        lambda row: "conversations" in row,
-        lambda row: _read_conversation(row, "conversations"),
-    ),
+def conversation_layouts(split: Callable[[Messages], tuple[Messages, Messages]]) -> tuple[Layout, Layout]:
+    """Whole conversations; `split` says where the response begins."""
+
+    def layout(name: str, column: str) -> Layout:
+        def read(row: Row) -> Sides:
+            prompt, response = split(messages(row[column], "user"))
+            return Sides(with_system(row, prompt), response, ())
+
+        return Layout(name, column, lambda row: column in row, read)
+
+    return layout("messages", "messages"), layout("ShareGPT", "conversations")
+
+
+ONE_RESPONSE_LAYOUTS = (
     Layout(
         "prompt and completion",
         "prompt, completion or response",
@@ -70,6 +70,8 @@ DEMONSTRATION_LAYOUTS = (
         lambda row: _one_sided(question_of(row), row),
     ),
 )
+DEMONSTRATION_LAYOUTS = (*conversation_layouts(split_at_first_response), *ONE_RESPONSE_LAYOUTS)
+"""The response begins with the first assistant turn, so that all of them are scored."""
 
 
 def read_response(row: Row) -> Sides:

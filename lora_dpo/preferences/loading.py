@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Generic
 
 from lora_dpo.errors import DataError, RecipeError
-from lora_dpo.preferences.building import DEMONSTRATIONS, PREFERENCES
+from lora_dpo.preferences.building import DEMONSTRATIONS, PREFERENCES, RATINGS
+from lora_dpo.preferences.mismatched import with_mismatched
 from lora_dpo.preferences.mixture import (
     Record,
     held_out_prompts,
@@ -20,7 +21,16 @@ from lora_dpo.preferences.mixture import (
     sample,
     without_prompts,
 )
-from lora_dpo.preferences.records import BadRowError, Demonstration, Preference, RefusalError, Row, Where
+from lora_dpo.preferences.records import (
+    AnyRecord,
+    BadRowError,
+    Demonstration,
+    Preference,
+    Rating,
+    RefusalError,
+    Row,
+    Where,
+)
 from lora_dpo.preferences.sources import rows_of, source_name
 from lora_dpo.recipe import Data, Source
 
@@ -58,6 +68,28 @@ def load_demonstrations(data: Data, *, seed: int = 0, base_dir: Path | None = No
     return _load(data, DEMONSTRATIONS[data.format], seed, base_dir)
 
 
+def load_ratings(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> Loaded[Rating]:
+    """As `load_preferences`, for KTO; a preference pair becomes two ratings, one of each kind.
+
+    Every rating has another one's response beside its own (see `mismatched`), within training and within
+    evaluation.
+    """
+    loaded = _load(data, RATINGS[data.format], seed, base_dir)
+    for name, records in (("training", loaded.train), ("evaluation", loaded.eval)):
+        if len(records) == 1:
+            why = "KTO's estimate of the KL divergence takes the response of another one"
+            raise DataError(f"{records[0].where} is the only rating for {name}: {why}")
+    return replace(loaded, train=with_mismatched(loaded.train), eval=with_mismatched(loaded.eval))
+
+
+def describe_ratings(records: Sequence[AnyRecord]) -> list[str]:
+    """A line to print: how many are of each kind, which KTO's weights depend on. None for other records."""
+    labels = [record.desirable for record in records if isinstance(record, Rating)]
+    if not labels:
+        return []
+    return [f"ratings: {sum(labels):,} desirable, {len(labels) - sum(labels):,} undesirable"]
+
+
 def describe_skipped(loaded: Loaded[Any]) -> list[str]:
     """Lines to print: bad rows by reason, most frequent first, and training rows dropped as leaks."""
     lines = [
@@ -85,7 +117,9 @@ class _Source:
 class _Reader(Generic[Record]):
     """Reads sources and counts the rows that are skipped."""
 
-    def __init__(self, data: Data, build: Callable[[Row, Where], Record], base_dir: Path | None) -> None:
+    def __init__(
+        self, data: Data, build: Callable[[Row, Where], list[Record]], base_dir: Path | None
+    ) -> None:
         self._skip = data.on_bad_row == "skip"
         self._build = build
         self._base_dir = base_dir
@@ -98,9 +132,7 @@ class _Reader(Generic[Record]):
         count = 0
         with contextlib.closing(rows_of(source.rows, self._base_dir)) as rows:
             for count, (where, raw) in enumerate(itertools.islice(rows, source.limit), start=1):
-                record = self._record(where, raw)
-                if record is not None:
-                    places.append((count, record))
+                places += [(count, record) for record in self._records(where, raw)]
         if count == 0:
             raise DataError(f"{source_name(source.rows)}: there are no rows")
         if last >= count:
@@ -111,7 +143,7 @@ class _Reader(Generic[Record]):
         before = [record for place, record in places if place < first_last]
         return before, [record for place, record in places if place >= first_last]
 
-    def _record(self, where: Where, raw: object) -> Record | None:
+    def _records(self, where: Where, raw: object) -> list[Record]:
         try:
             return self._build(_row(raw), where)
         except RefusalError as error:
@@ -122,7 +154,7 @@ class _Reader(Generic[Record]):
             raise BadRowError(where, refusal.reason, refusal.detail, SKIP_HINT)
         self.skipped[refusal.reason] += 1
         self.first_skipped.setdefault(refusal.reason, where)
-        return None
+        return []
 
 
 def _row(raw: object) -> Row:
@@ -134,7 +166,7 @@ def _row(raw: object) -> Row:
 
 
 def _load(
-    data: Data, build: Callable[[Row, Where], Record], seed: int, base_dir: Path | None
+    data: Data, build: Callable[[Row, Where], list[Record]], seed: int, base_dir: Path | None
 ) -> Loaded[Record]:
     train_sources, eval_sources = _sources(data.train), _sources(data.eval)
     _check(data, train_sources)

@@ -7,12 +7,12 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from lora_dpo.preferences.records import Demonstration, Preference
+from lora_dpo.preferences.records import AnyRecord, Demonstration, Preference, Rating
 
-Record = TypeVar("Record", Preference, Demonstration)
+Record = TypeVar("Record", Preference, Demonstration, Rating)
 
 
-def prompt_key(record: Preference | Demonstration) -> bytes:
+def prompt_key(record: AnyRecord) -> bytes:
     """A digest that two records share when their prompts are equal.
 
     Records without a prompt (whole texts) share it when they are equal as a whole.
@@ -20,8 +20,13 @@ def prompt_key(record: Preference | Demonstration) -> bytes:
     content: object = record.prompt
     if not content and isinstance(record, Preference):
         content = [record.chosen, record.rejected]
-    elif not content and isinstance(record, Demonstration):
+    elif not content and not isinstance(record, Preference):
         content = [record.response]
+    return digest(content)
+
+
+def digest(content: object) -> bytes:
+    """The same for messages or texts that are equal."""
     return hashlib.sha256(repr(_canonical(content)).encode()).digest()
 
 

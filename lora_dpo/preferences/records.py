@@ -34,7 +34,8 @@ class Preference:
 
     prompt ends with a user or tool message. Each response begins and ends with an assistant message and may
     have several turns. With data.format="text" all three are strings, taken verbatim.
-    tools, template_kwargs: passed to the chat template.
+    tools, template_kwargs: passed to the chat template. values: finite numbers for the objective, by name:
+    weight (not negative) and margin, where the row has such columns.
     """
 
     prompt: Messages | str
@@ -43,6 +44,7 @@ class Preference:
     where: Where
     tools: tuple[dict[str, Any], ...] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,31 @@ class Demonstration:
     where: Where
     tools: tuple[dict[str, Any], ...] | None = None
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """A prompt and one response with a thumbs up (desirable) or down; the fields are as in `Preference`.
+
+    values: weight, where the row has that column, and always desirable as 1.0 or 0.0. mismatched: another
+    record's response, for KTO's estimate of the KL divergence (see `mismatched`); None until it is chosen.
+    """
+
+    prompt: Messages | str
+    response: Messages | str
+    desirable: bool
+    where: Where
+    tools: tuple[dict[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
+    mismatched: Messages | str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", {**self.values, "desirable": float(self.desirable)})
+
+
+AnyRecord = Preference | Demonstration | Rating
 
 
 class RefusalError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -128,6 +129,24 @@ def template_kwargs_of(row: Row) -> Mapping[str, Any]:
         raise RefusalError("malformed chat_template_kwargs", f"expected an object, got {shown(kwargs)}")
     check_unicode(kwargs, "chat_template_kwargs")
     return kwargs
+
+
+def values_of(row: Row, *columns: str) -> dict[str, float]:
+    """Those of the columns "weight" and "margin" that the row has (an empty cell of a CSV file is none)."""
+    return {column: _number(row[column], column) for column in columns if row.get(column, "") != ""}
+
+
+def _number(value: object, column: str) -> float:
+    try:
+        numeric = isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        number = float(value) if numeric else math.nan  # pyright: ignore[reportArgumentType]
+    except (ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RefusalError(f"{column} is not a finite number", f"it is {shown(value)}")
+    if column == "weight" and number < 0:
+        raise RefusalError("weight is negative", f"it is {shown(value)}; a weight is 0 or more")
+    return number
 
 
 def _parsed(value: object, column: str) -> object:

@@ -5,8 +5,8 @@ Legend: `P` prefix tokens, `R_i` tokens of rest i.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -25,13 +25,15 @@ class Branches:
 
     prefix: int32 [P]; may reach into the responses. rests: int32 [R_i] each, may be empty (one side always
     has an empty rest). scored: bool [P + R_i] each, which tokens of side i enter its log-prob; all sides
-    agree on [:P], and index 0 is never scored, because nothing predicts it.
+    agree on [:P], and index 0 is never scored, because nothing predicts it. values: the record's numbers by
+    name, such as its weight; they say nothing of the tokens, and so aren't part of `key`.
     """
 
     prefix: Ids
     rests: tuple[Ids, ...]
     scored: tuple[Mask, ...]
     where: Where
+    values: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sides(self) -> int:
@@ -66,7 +68,12 @@ class Branches:
         return digest.digest()
 
 
-def share(sides: Sequence[ArrayLike], scored: Sequence[ArrayLike], where: Where) -> Branches:
+def share(
+    sides: Sequence[ArrayLike],
+    scored: Sequence[ArrayLike],
+    where: Where,
+    values: Mapping[str, float] | None = None,
+) -> Branches:
     """Store the longest common token prefix of `sides` (integers [P + R_i]) once.
 
     It is cut where the masks `scored` (bool [P + R_i]) differ, so sharing never changes what is scored.
@@ -82,7 +89,7 @@ def share(sides: Sequence[ArrayLike], scored: Sequence[ArrayLike], where: Where)
         mask[0] = False
     common = min(_agreement(ids[0], masks[0], *other) for other in zip(ids, masks, strict=True))
     rests = tuple(side[common:].copy() for side in ids)
-    return Branches(ids[0][:common].copy(), rests, tuple(masks), where)
+    return Branches(ids[0][:common].copy(), rests, tuple(masks), where, values or {})
 
 
 def _agreement(ids: Ids, mask: Mask, other_ids: Ids, other_mask: Mask) -> int:

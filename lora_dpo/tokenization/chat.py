@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -15,13 +16,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lora_dpo.errors import DataError, ModelError
-from lora_dpo.preferences import Demonstration, Message, Preference
+from lora_dpo.preferences import AnyRecord, Message, Preference, Rating
 from lora_dpo.tokenization import truncation
 from lora_dpo.tokenization.branches import Branches, Ids, Mask, share
 from lora_dpo.tokenization.control import ControlStrings
 from lora_dpo.tokenization.encoding import Encoded, Encoder
 from lora_dpo.tokenization.rendering import Chat, Rendering, Template
-from lora_dpo.tokenization.truncation import Limits, Side
+from lora_dpo.tokenization.truncation import Dropped, Limits, Side
 from lora_dpo.tokenization.turns import Turn, assistant_turns
 
 _PROBE = ({"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello."})
@@ -85,15 +86,24 @@ class ChatTokenizer:
         ends = [self._controls.ids[turn.end_of_turn.string] for turn in turns if turn.end_of_turn]
         return tuple(dict.fromkeys([*ends, *self._eos]))
 
-    def branches(self, record: Preference | Demonstration) -> Branches:
-        """The sides of a record (chosen, rejected; or the response alone), cut to the limits, prefix shared.
+    def branches(self, record: AnyRecord) -> Branches:
+        """The sides of a record, cut to the limits, prefix shared: chosen and rejected of a preference, the
+        response of a demonstration, response and mismatched one of a rating.
 
-        Raises Dropped if truncation leaves nothing to learn, DataError if the template refuses the
-        conversation, ModelError if template and tokenizer don't give one BOS and one end-of-turn.
+        Raises Dropped if truncation leaves nothing to learn or the mismatched response can't stand under
+        this prompt; DataError if the template refuses the conversation, ModelError if template and tokenizer
+        don't give one BOS and one end-of-turn.
         """
-        sides, cut = self._fit(record)
-        truncation.check(sides, record.where, cut)
-        return share([side.ids for side in sides], [side.scored for side in sides], record.where)
+        try:
+            sides, cut = self._fit(record)
+        except (DataError, ModelError) as error:
+            if not isinstance(record, Rating) or record.mismatched is None:
+                raise
+            self._fit(replace(record, mismatched=None))  # raises where the fault is the record's own
+            raise Dropped(truncation.MISMATCHED, record.where) from error
+        truncation.check(sides, record.where, cut, alike=isinstance(record, Rating))
+        ids, scored = [side.ids for side in sides], [side.scored for side in sides]
+        return share(ids, scored, record.where, record.values)
 
     def prompt_ids(
         self,
@@ -124,7 +134,7 @@ class ChatTokenizer:
         finally:
             self._tokenizer.chat_template = own
 
-    def _fit(self, record: Preference | Demonstration) -> tuple[list[Side], bool]:
+    def _fit(self, record: AnyRecord) -> tuple[list[Side], bool]:
         """A record's sides within the limits, and whether anything was cut."""
         uncut = sides = self._sides(record, record.prompt)
         room = self._limits.prompt_room(sides)
@@ -133,7 +143,7 @@ class ChatTokenizer:
         sides = [truncation.cut_right(side, self._limits.tokens) for side in sides]
         return sides, any(len(a.ids) != len(b.ids) for a, b in zip(uncut, sides, strict=True))
 
-    def _shorten(self, record: Preference | Demonstration, sides: list[Side], room: int) -> list[Side]:
+    def _shorten(self, record: AnyRecord, sides: list[Side], room: int) -> list[Side]:
         """Sides whose prompt has at most `room` tokens: by whole messages if that does it, else by tokens."""
         if not isinstance(record.prompt, str):
             for prompts in truncation.shorter_prompts(record.prompt):
@@ -145,7 +155,7 @@ class ChatTokenizer:
         return [truncation.cut_left(side, room, longest) for side in sides]
 
     def _first_fitting(
-        self, record: Preference | Demonstration, prompts: list[tuple[Message, ...]], room: int
+        self, record: AnyRecord, prompts: list[tuple[Message, ...]], room: int
     ) -> tuple[list[Side] | None, list[Side] | None]:
         """The sides of the longest of `prompts` that fits, and those of the shortest that was tried."""
         tried: dict[int, list[Side]] = {}
@@ -160,13 +170,13 @@ class ChatTokenizer:
         first = bisect_left(range(len(prompts)), True, key=fits)
         return tried.get(first), tried[max(tried)] if tried else None
 
-    def _sides(self, record: Preference | Demonstration, prompt: tuple[Message, ...] | str) -> list[Side]:
+    def _sides(self, record: AnyRecord, prompt: tuple[Message, ...] | str) -> list[Side]:
         place = str(record.where)
         if isinstance(prompt, str):
             return [self._text_side(prompt, str(response), place) for response in _responses(record)]
         return [self._chat_side(chat, place) for chat in self._chats(record, prompt)]
 
-    def _chats(self, record: Preference | Demonstration, prompt: tuple[Message, ...]) -> list[Chat]:
+    def _chats(self, record: AnyRecord, prompt: tuple[Message, ...]) -> list[Chat]:
         responses = cast("list[tuple[Message, ...]]", _responses(record))
         return [Chat(prompt + r, len(prompt), record.tools, record.template_kwargs) for r in responses]
 
@@ -258,5 +268,9 @@ def _scored(encoded: Encoded, text: str, spans: Sequence[tuple[int, int]]) -> Ma
     return scored
 
 
-def _responses(record: Preference | Demonstration) -> list[tuple[Message, ...] | str]:
-    return [record.response] if isinstance(record, Demonstration) else [record.chosen, record.rejected]
+def _responses(record: AnyRecord) -> list[tuple[Message, ...] | str]:
+    if isinstance(record, Preference):
+        return [record.chosen, record.rejected]
+    if isinstance(record, Rating) and record.mismatched is not None:
+        return [record.response, record.mismatched]
+    return [record.response]

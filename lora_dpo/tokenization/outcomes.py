@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from lora_dpo.errors import DataError
-from lora_dpo.preferences import Demonstration, Preference, Where
+from lora_dpo.preferences import AnyRecord, Where
 from lora_dpo.tokenization.branches import Branches
 from lora_dpo.tokenization.chat import ChatTokenizer
 from lora_dpo.tokenization.truncation import Dropped
@@ -29,7 +29,7 @@ class Tokenized:
     first_dropped: dict[str, Where]
     cached: bool = False
 
-    def add(self, record: Preference | Demonstration, outcome: Outcome) -> None:
+    def add(self, record: AnyRecord, outcome: Outcome) -> None:
         if isinstance(outcome, Branches):
             self.branches.append(outcome)
         else:
@@ -44,7 +44,7 @@ class Tokenized:
         )
 
 
-def outcome(record: Preference | Demonstration, tokenizer: ChatTokenizer, skip_refused: bool) -> Outcome:
+def outcome(record: AnyRecord, tokenizer: ChatTokenizer, skip_refused: bool) -> Outcome:
     """Raises DataError (unless `skip_refused`, which makes it a reason) if the template refuses the record;
     ModelError if the tokenizer is of no use.
     """

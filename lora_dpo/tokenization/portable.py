@@ -12,24 +12,24 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import TokenizersBackend
 
-from lora_dpo.preferences import Demonstration, Preference, Where
+from lora_dpo.preferences import AnyRecord, Demonstration, Preference, Rating, Where
 from lora_dpo.tokenization.chat import ChatTokenizer
 
-TOKENIZATION = 1
-"""Raise this whenever the same record and settings give other tokens, masks or drops than before."""
+TOKENIZATION = 2
+"""Raise this whenever the same record and settings give other tokens, masks, values or drops than before."""
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 
 
-def record_text(record: Preference | Demonstration) -> str | None:
+def record_text(record: AnyRecord) -> str | None:
     """A record as one line of JSON; None if it holds what JSON would change, such as a tuple."""
-    pair = isinstance(record, Preference)
-    texts = (record.prompt, record.chosen, record.rejected) if pair else (record.prompt, record.response)
     value = {
-        "texts": [text if isinstance(text, str) else list(text) for text in texts],
+        "kind": type(record).__name__,
+        "texts": [text if isinstance(text, str) else list(text) for text in _texts(record)],
         "tools": None if record.tools is None else list(record.tools),
         "template_kwargs": dict(record.template_kwargs),
         "where": [record.where.file, record.where.row],
+        "values": dict(record.values),
     }
     try:
         text = json.dumps(value)
@@ -38,15 +38,27 @@ def record_text(record: Preference | Demonstration) -> str | None:
         return None
 
 
-def record_from(text: str) -> Preference | Demonstration:
+def _texts(record: AnyRecord) -> list[Any]:
+    """All messages and texts of a record: of a rating with the mismatched response, if it has one."""
+    if isinstance(record, Preference):
+        return [record.prompt, record.chosen, record.rejected]
+    if isinstance(record, Rating) and record.mismatched is not None:
+        return [record.prompt, record.response, record.mismatched]
+    return [record.prompt, record.response]
+
+
+def record_from(text: str) -> AnyRecord:
     """The record of a `record_text`."""
     value = json.loads(text)
-    texts = [text if isinstance(text, str) else tuple(text) for text in value["texts"]]
+    prompt, response, *others = (text if isinstance(text, str) else tuple(text) for text in value["texts"])
     tools = None if value["tools"] is None else tuple(value["tools"])
-    rest = (Where(*value["where"]), tools, value["template_kwargs"])
-    if len(texts) == 2:
-        return Demonstration(texts[0], texts[1], *rest)
-    return Preference(texts[0], texts[1], texts[2], *rest)
+    rest = (Where(*value["where"]), tools, value["template_kwargs"], value["values"])
+    if value["kind"] == Rating.__name__:
+        mismatched = others[0] if others else None
+        return Rating(prompt, response, bool(value["values"]["desirable"]), *rest, mismatched)
+    if value["kind"] == Demonstration.__name__:
+        return Demonstration(prompt, response, *rest)
+    return Preference(prompt, response, others[0], *rest)
 
 
 def tokenizer_from(settings: dict[str, Any]) -> ChatTokenizer:
@@ -61,9 +73,7 @@ def settings_digest(settings: dict[str, Any] | None) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def corpus_key(
-    records: Iterable[Preference | Demonstration], tokenizer: ChatTokenizer, skip_refused: bool
-) -> str | None:
+def corpus_key(records: Iterable[AnyRecord], tokenizer: ChatTokenizer, skip_refused: bool) -> str | None:
     """A hash of all that decides what `tokenize` gives; None if it can't be had for these."""
     settings = tokenizer.settings()
     if settings is None:

@@ -23,6 +23,7 @@ from lora_dpo.tokenization.branches import Ids, Mask
 IDENTICAL = "responses are identical after truncation"
 IDENTICAL_UNCUT = "responses are identical once tokenized"
 NOTHING_SCORED = "nothing left to score"
+MISMATCHED = "the chat template can't put another row's response under this prompt"
 
 
 class Dropped(Exception):
@@ -93,10 +94,14 @@ def cut_right(side: Side, tokens: int) -> Side:
     return Side(side.ids[:tokens], side.scored[:tokens], side.lead)
 
 
-def check(sides: Sequence[Side], where: Where, cut: bool) -> None:
-    """Raises Dropped if a side has nothing scored, or two are the same up to their last scored token."""
+def check(sides: Sequence[Side], where: Where, cut: bool, alike: bool = False) -> None:
+    """Raises Dropped if a side has nothing scored, or (unless they may be `alike`) two are the same up to
+    their last scored token.
+    """
     if not all(side.scored[1:].any() for side in sides):
         raise Dropped(NOTHING_SCORED, where)
+    if alike:
+        return
     ends = [int(np.flatnonzero(side.scored)[-1]) + 1 for side in sides]
     seen = {
         (side.ids[:end].tobytes(), side.scored[:end].tobytes()) for side, end in zip(sides, ends, strict=True)

@@ -10,10 +10,10 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from lora_dpo.preferences import Demonstration, Preference
+from lora_dpo.preferences import AnyRecord
 from lora_dpo.tokenization.outcomes import Outcome, Tokenized
 
-Record = Preference | Demonstration
+Record = AnyRecord
 
 
 class WorkQueue:

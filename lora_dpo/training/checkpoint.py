@@ -87,9 +87,11 @@ def restore_adapter(folder: Path, model: Model) -> None:
 
 
 def data_fingerprint(branches: Sequence[Branches]) -> str:
-    """A hash of every token id and scored mask, in order."""
+    """A hash of every token id, scored mask and value, in order."""
     digest = hashlib.sha256()
     for item in branches:
         for part in (item.prefix, *item.rests, *item.scored):
             digest.update(len(part).to_bytes(8, "little") + part.tobytes())
+        for name, value in sorted(item.values.items()):
+            digest.update(f"{name}={float(value).hex()};".encode())
     return digest.hexdigest()

@@ -3,26 +3,49 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lora_dpo.errors import RecipeError
 from lora_dpo.losses import Objective
 from lora_dpo.preferences import (
     Demonstration,
+    Loaded,
     Preference,
+    Rating,
+    describe_ratings,
     describe_skipped,
     load_demonstrations,
     load_preferences,
+    load_ratings,
 )
 from lora_dpo.recipe import Data
 from lora_dpo.run_directory import cache_folder
 from lora_dpo.tokenization import Branches, ChatTokenizer, Tokenized, tokenize
 from lora_dpo.training.progress import Display
 
-Records = list[Preference] | list[Demonstration]
+Records = list[Preference] | list[Demonstration] | list[Rating]
 TOKENIZED = "tokenized"
 """The folder for tokenized records in the cache folder."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """load: how such records are read. sides: how many sides an example of them has."""
+
+    load: Callable[..., Loaded[Any]]
+    sides: int
+
+
+KINDS = {
+    "pairs": Kind(load_preferences, 2),
+    "demonstrations": Kind(load_demonstrations, 1),
+    "ratings": Kind(load_ratings, 2),
+}
+"""What an objective's `records` can be."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +87,8 @@ def prepare_data(
     counts = f"{len(train.branches):,} training and {len(held_out.branches):,} held-out examples"
     known = " (tokenized before: read from the cache)" if train.cached and held_out.cached else ""
     display.say(f"data: {counts}, {tokens:,} tokens{known}")
+    for line in describe_ratings(train_records):
+        display.say(line)
     return TrainingData(train.branches, held_out.branches, chat)
 
 
@@ -90,13 +115,25 @@ def prepare_held_out(
 
 
 def _load(data: Data, objective: Objective, seed: int, display: Display) -> tuple[Records, Records]:
-    """(training records, held-out records). An objective with one side takes demonstrations; with two,
-    pairs.
-    """
-    loaded = (load_demonstrations if len(objective.sides) == 1 else load_preferences)(data, seed=seed)
+    """(training records, held-out records) of the kind that the objective declares."""
+    loaded = _kind(objective).load(data, seed=seed)
     for line in describe_skipped(loaded):
         display.say(line)
     return loaded.train, loaded.eval
+
+
+def _kind(objective: Objective) -> Kind:
+    """Raises RecipeError where an objective declares what it can't be given."""
+    name = type(objective).__name__
+    kind = KINDS.get(objective.records)
+    if kind is None:
+        raise RecipeError(f"{name}.records is {objective.records!r}; it takes one of {', '.join(KINDS)}")
+    if len(objective.sides) != kind.sides:
+        takes = f"examples of {objective.records} have {kind.sides}"
+        raise RecipeError(
+            f"{name}.sides names {len(objective.sides)} ({', '.join(objective.sides)}); {takes}"
+        )
+    return kind
 
 
 def _tokenize(records: Records, chat: ChatTokenizer, what: str, display: Display, data: Data) -> Tokenized:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_dpo.errors import DataError
-from lora_dpo.preferences import Preference, load_demonstrations, load_preferences
+from lora_dpo.preferences import Preference, load_demonstrations, load_preferences, load_ratings
 from lora_dpo.preferences.conversations import SHAREGPT_ROLES
 from lora_dpo.preferences.ranked import GRADES, LABELS, RANK_LISTS, RESPONSES, TEXTS
 from lora_dpo.recipe import Data
@@ -21,7 +21,7 @@ from lora_dpo.recipe import Data
 COLUMNS = [
     *("prompt", "chosen", "rejected", "messages", "conversations", "instruction", "input", "history"),
     *("system", "question", "completion", "output", "tools", "chat_template_kwargs", "scores", "ratings"),
-    *("response_0", "response_1", "text", *RESPONSES, *LABELS, *RANK_LISTS),
+    *("response_0", "response_1", "text", "label", "weight", "margin", *RESPONSES, *LABELS, *RANK_LISTS),
 ]
 _texts = st.one_of(
     st.text(st.characters(exclude_categories=[]), max_size=8),
@@ -58,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def load_or_refuse(train: Any, **data: Any) -> list[Preference]:
     """The pairs, or none where the data are refused as they should be."""
     pairs: list[Preference] = []
-    for load in (load_preferences, load_demonstrations):
+    for load in (load_preferences, load_demonstrations, load_ratings):
         try:
             loaded = load(Data(train, **data))
         except DataError:

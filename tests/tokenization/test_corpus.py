@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 
 import lora_dpo
 from lora_dpo.errors import DataError, UserError
-from lora_dpo.preferences import Demonstration, Preference, Where
+from lora_dpo.preferences import Demonstration, Preference, Rating, Where
 from lora_dpo.tokenization import ChatTokenizer, Tokenized, cache, corpus, portable, tokenize
 from lora_dpo.tokenization.flat import from_bytes, to_bytes
 from lora_dpo.tokenization.processes import WorkerProcess, serve, working
@@ -51,6 +51,14 @@ def record(prompt: str, *responses: str, row: int = 1, file: str = "a.jsonl") ->
     return kind(ask, *answers, Where(file, row))
 
 
+def rating(prompt: str, response: str, mismatched: str | None = None, **rest: Any) -> Rating:
+    one = record(prompt, response, row=rest.pop("row", 1))
+    assert isinstance(one, Demonstration)
+    other = None if mismatched is None else ({"role": "assistant", "content": mismatched},)
+    label = rest.pop("desirable", True)
+    return Rating(one.prompt, one.response, label, one.where, mismatched=other, **rest)
+
+
 def plain(tokenized: Tokenized) -> tuple:
     """All that a result holds, in types that compare, order included."""
     rows = [
@@ -59,6 +67,7 @@ def plain(tokenized: Tokenized) -> tuple:
             *(str(array.dtype) for array in (item.prefix, *item.rests, *item.scored)),
             [len(rest) for rest in item.rests],
             item.where,
+            dict(item.values),
         )
         for item in tokenized.branches
     ]
@@ -74,10 +83,21 @@ def attempt(work: Callable[[], Tokenized]) -> tuple:
 
 
 TEXTS = st.sampled_from(["the cat", "no", "<|im_end|>", "REFUSE", "é\n", "the red hat " * 8, " ", "\ud800"])
+VALUES = st.dictionaries(st.sampled_from(["weight", "margin", "é"]), st.floats(allow_nan=False), max_size=2)
+PAIRS = st.builds(record, TEXTS, TEXTS, TEXTS, row=st.integers(1, 99), file=st.sampled_from(["a", "é b"]))
 RECORDS = st.lists(
     st.one_of(
-        st.builds(record, TEXTS, TEXTS, TEXTS, row=st.integers(1, 99), file=st.sampled_from(["a", "é b"])),
+        st.builds(lambda one, values: replace(one, values=values), PAIRS, VALUES),
         st.builds(record, TEXTS, TEXTS, row=st.integers(1, 99)),
+        st.builds(
+            rating,
+            TEXTS,
+            TEXTS,
+            st.none() | TEXTS,
+            row=st.integers(1, 99),
+            desirable=st.booleans(),
+            values=VALUES,
+        ),
         # A tuple can't be sent as JSON: this one stays in the process.
         st.builds(lambda one: replace(one, template_kwargs={"x": (1,)}), st.builds(record, TEXTS, TEXTS)),
     ),
@@ -240,6 +260,8 @@ MIXED = [
     record("é" * 90, "b", "c", row=3, file="\ud800.jsonl"),
     record("REFUSE", "b", "c", row=4),
     record("the sun", "alone", row=5),
+    rating("the dog", "yes", "no", row=6, desirable=False, values={"weight": 0.1}),
+    replace(record("the mat", "b", "c", row=7), values={"weight": 0.0, "margin": -0.5}),
 ]
 
 
@@ -248,7 +270,7 @@ def test_what_was_tokenized_is_read_back_as_it_was(tmp_path: Path, monkeypatch: 
     tokenizer, heard = chat_tokenizer(), []
     seen = counted(tokenizer, monkeypatch)
     again = tokenize(MIXED, tokenizer, heard.append, skip_refused=True, cache=tmp_path)
-    assert (first.cached, again.cached, seen, heard) == (False, True, [], [5])
+    assert (first.cached, again.cached, seen, heard) == (False, True, [], [7])
     assert plain(again) == plain(first) == plain(tokenize(MIXED, tokenizer, skip_refused=True))
     assert again.describe_dropped() == first.describe_dropped()
     again.branches[0].prefix[0] += 1  # as writable as the first
@@ -285,6 +307,13 @@ DECIDING: dict[str, Callable[[], tuple[Any, ...]]] = {
     "chosen": lambda: (record("the cat", "d", "c"), chat_tokenizer()),
     "the sides' order": lambda: (record("the cat", "c", "b"), chat_tokenizer()),
     "a side less": lambda: (record("the cat", "b"), chat_tokenizer()),
+    "weight": lambda: (replace(BASIS, values={"weight": 2.0}), chat_tokenizer()),
+    "margin": lambda: (replace(BASIS, values={"margin": 2.0}), chat_tokenizer()),
+    "a weight of 1": lambda: (replace(BASIS, values={"weight": 1.0}), chat_tokenizer()),
+    "a rating": lambda: (rating("the cat", "b"), chat_tokenizer()),
+    "its label": lambda: (rating("the cat", "b", desirable=False), chat_tokenizer()),
+    "its mismatched response": lambda: (rating("the cat", "b", "c"), chat_tokenizer()),
+    "another one": lambda: (rating("the cat", "b", "d"), chat_tokenizer()),
     "rendered text": lambda: (Preference("the cat", "b", "c", BASIS.where), chat_tokenizer()),
     "tools": lambda: (replace(BASIS, tools=(TOOL,)), chat_tokenizer()),
     "template_kwargs": lambda: (replace(BASIS, template_kwargs={"x": 1}), chat_tokenizer()),

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         preference_metrics,
     )
     from lora_dpo.model import load_model
-    from lora_dpo.preferences import Preference, load_preferences
+    from lora_dpo.preferences import Preference, Rating, load_preferences, load_ratings
     from lora_dpo.recipe import Adapter, Base, Data, Recipe, Source, Training, load_recipe
     from lora_dpo.reference import reference_logprobs
     from lora_dpo.tokenization import ChatTokenizer, tokenize
@@ -102,7 +102,7 @@ _HOMES = {
         "preference_metrics",
     ),
     "model": ("load_model",),
-    "preferences": ("Preference", "load_preferences"),
+    "preferences": ("Preference", "Rating", "load_preferences", "load_ratings"),
     "recipe": ("Adapter", "Base", "Data", "Recipe", "Source", "Training", "load_recipe"),
     "reference": ("reference_logprobs",),
     "tokenization": ("ChatTokenizer", "tokenize"),
@@ -143,6 +143,7 @@ __all__ = [
     "Needs",
     "Objective",
     "Preference",
+    "Rating",
     "Recipe",
     "Record",
     "RobustDPO",
@@ -158,6 +159,7 @@ __all__ = [
     "export_merged",
     "load_model",
     "load_preferences",
+    "load_ratings",
     "load_recipe",
     "open_finished",
     "pack",

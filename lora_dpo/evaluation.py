@@ -85,7 +85,7 @@ def _rows(objective: Objective, logprobs: LogProbs) -> dict[str, Tensor]:
     """Every metric of every example, name → [B]."""
     loss = objective(logprobs)
     rows = {"loss": weighted(loss, logprobs), **loss.metrics}
-    if logprobs.policy.shape[1] == 2:
+    if objective.records == "pairs":
         rows["logps/accuracy"] = preferred(*logprobs.policy.unbind(1))
     for side, name in enumerate(objective.sides):
         rows[f"tokens/{name}"] = logprobs.lengths[:, side]

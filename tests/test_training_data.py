@@ -19,13 +19,12 @@ from builders import (
     single_sequence_logprobs,
     small_tokenizer,
 )
-from torch import Tensor
 
 from lora_dpo.batching import pack
 from lora_dpo.errors import RecipeError
 from lora_dpo.finished import _distinct_prompts, _preferred
 from lora_dpo.logprobs import token_logprobs
-from lora_dpo.losses import DPO, SFT, LogProbs, Loss
+from lora_dpo.losses import DPO, SFT, LogProbs, Loss, Objective
 from lora_dpo.preferences import Rating, Where
 from lora_dpo.recipe import Data
 from lora_dpo.tokenization import share
@@ -34,15 +33,11 @@ from lora_dpo.training.checkpoint import data_fingerprint
 
 
 @dataclass(frozen=True)
-class Rated:
+class Rated(Objective):
     """An objective of ratings."""
 
     records: ClassVar[Any] = "ratings"
     sides: ClassVar[tuple[str, ...]] = ("completion", "mismatched")
-    needs_reference: ClassVar[bool] = True
-
-    def count(self, lengths: Tensor) -> float:
-        return float(len(lengths))
 
     def __call__(self, logprobs: LogProbs) -> Loss:
         return Loss(logprobs.log_ratio.sum(dim=1))

@@ -107,7 +107,7 @@ class Source(Section):
 
 @dataclass(frozen=True)
 class Data(Section):
-    """The preference pairs, and how they become tokens.
+    """The preference pairs (demonstrations for SFT, ratings for KTO), and how they become tokens.
 
     train: one source or several: paths, hub ids, or (from Python) a `datasets.Dataset`.
     eval: sources held out; or give eval_fraction (a share of the prompts) or eval_last (the last n rows of

@@ -22,7 +22,7 @@ from lora_dpo.batching import Way
 from lora_dpo.errors import ModelError
 from lora_dpo.model.low_rank import add_in_place
 from lora_dpo.model.offload import OffloadedActivations
-from lora_dpo.model.saved import widen_copies
+from lora_dpo.model.saved import ask_for_own_tokens, widen_copies
 from lora_dpo.model.switching import OFF, Switch, switches_of
 from lora_dpo.probe import ASSUMED, Verdict
 from lora_dpo.recipe import Adapter
@@ -200,6 +200,7 @@ def with_adapter(network: PeftModel, model: Model, **changes: Any) -> Model:
     adapted = dataclasses.replace(model, network=network, **changes)
     network.train()
     widen_copies(network, model.compute_dtype)
+    ask_for_own_tokens(network)
     _ = adapted.trainable  # fixed here
     for layer in adapted.adapter_layers:
         # Autocast makes the products' inputs; peft would keep a float32 copy of each for the backward pass.

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     )
     from lora_dpo.model import load_model
     from lora_dpo.preferences import Preference, Rating, load_preferences, load_ratings
-    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Source, Training, load_recipe
+    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Source, Training, load_recipe
     from lora_dpo.reference import reference_logprobs
     from lora_dpo.tokenization import ChatTokenizer, tokenize
     from lora_dpo.training import Record, preflight, train
@@ -103,7 +103,7 @@ _HOMES = {
     ),
     "model": ("load_model",),
     "preferences": ("Preference", "Rating", "load_preferences", "load_ratings"),
-    "recipe": ("Adapter", "Base", "Data", "Recipe", "Source", "Training", "load_recipe"),
+    "recipe": ("Adapter", "Base", "Data", "Recipe", "Reference", "Source", "Training", "load_recipe"),
     "reference": ("reference_logprobs",),
     "tokenization": ("ChatTokenizer", "tokenize"),
     "training": ("Record", "preflight", "train"),
@@ -146,6 +146,7 @@ __all__ = [
     "Rating",
     "Recipe",
     "Record",
+    "Reference",
     "RobustDPO",
     "SimPO",
     "Source",

@@ -15,6 +15,7 @@ import bitsandbytes as bnb
 import bitsandbytes.functional as quantized
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,10 +24,11 @@ from lora_dpo.batching import pack
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.finished import FinishedRun
 from lora_dpo.logprobs import token_logprobs
-from lora_dpo.model import Model, as_reference, load_config, load_model, without_dropout
+from lora_dpo.model import Model, as_base, load_config, load_model, without_dropout
 from lora_dpo.recipe import Base
 from lora_dpo.run_directory import RunDirectory, write_folder, write_text
 
+PEFTS_OWN = (LoraLayer, AuxiliaryTrainingWrapper)
 MergedDtype = Literal["bfloat16", "float16", "float32"]
 ADAPTER = "default"
 
@@ -93,6 +95,8 @@ def merged_network(model: Model, base: Base, dtype: torch.dtype) -> PreTrainedMo
     """The model without quantization and adapter, its weights on the CPU in `dtype`."""
     config = load_config(base)
     config.dtype = dtype
+    if config.get_text_config().tie_word_embeddings and not _still_tied(model):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):
         plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -104,6 +108,13 @@ def merged_network(model: Model, base: Base, dtype: torch.dtype) -> PreTrainedMo
         raise ModelError(f"{missing[0]} is in the base's architecture but was not loaded: it can't be merged")
     plain.generation_config = model.causal.generation_config
     return plain
+
+
+def _still_tied(model: Model) -> bool:
+    """Whether head and embeddings, one weight in the base, are still one with the adapter merged."""
+    embeddings, head = model.causal.get_input_embeddings(), model.head
+    changed = [module for module in (embeddings, head) if isinstance(module, PEFTS_OWN)]
+    return not changed or torch.equal(merged_weight(embeddings).float(), merged_weight(head).float())
 
 
 def _merged_tensors(source: nn.Module, plain: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -150,7 +161,7 @@ def merged_weight(module: nn.Module) -> Tensor:
     float32.
     """
     weight = dequantized(_unwrapped(module))
-    if isinstance(module, LoraLayer) and ADAPTER in module.lora_A:
+    if isinstance(module, LoraLayer) and ADAPTER in module._get_available_adapters():
         update = module.get_delta_weight(ADAPTER)  # pyright: ignore[reportCallIssue]
         return weight.float() + update.float()
     return weight
@@ -182,7 +193,7 @@ def verify_merged(
     if not held_out:
         return None
     trained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
-    with as_reference(run.model):
+    with as_base(run.model):
         untrained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
     reloaded = load_model(base)
     gap = (_token_logprobs(reloaded, held_out, run.tokens_per_microbatch) - trained).abs()

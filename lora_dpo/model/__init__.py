@@ -1,20 +1,25 @@
 """The one 4-bit base, the adapter on it, and the roles that they play together."""
 
 from lora_dpo.model.base import load_base, load_config, load_tokenizer, pick_compute_dtype, pick_device
+from lora_dpo.model.loading import POLICY, REFERENCE, load_adapter, load_model, sync_reference
 from lora_dpo.model.roles import (
     Model,
     add_adapter,
+    as_base,
     as_policy,
     as_reference,
     generating,
-    load_adapter,
-    load_model,
     without_dropout,
 )
+from lora_dpo.model.saved import adapter_tensors, write_adapter
 
 __all__ = [
+    "POLICY",
+    "REFERENCE",
     "Model",
+    "adapter_tensors",
     "add_adapter",
+    "as_base",
     "as_policy",
     "as_reference",
     "generating",
@@ -25,5 +30,7 @@ __all__ = [
     "load_tokenizer",
     "pick_compute_dtype",
     "pick_device",
+    "sync_reference",
     "without_dropout",
+    "write_adapter",
 ]

@@ -1,12 +1,12 @@
-"""The one base, its adapter, and the roles that it plays."""
+"""The one base, its adapters, and the roles that they play."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -20,21 +20,25 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.batching import Way
 from lora_dpo.errors import ModelError
-from lora_dpo.model.base import load_base, load_tokenizer, verdict_on
 from lora_dpo.model.low_rank import add_in_place
 from lora_dpo.model.offload import OffloadedActivations
+from lora_dpo.model.saved import ask_for_own_tokens, widen_copies
+from lora_dpo.model.switching import OFF, Switch, switches_of
 from lora_dpo.probe import ASSUMED, Verdict
-from lora_dpo.recipe import Adapter, Base
+from lora_dpo.recipe import Adapter
 from lora_dpo.ways import use_attention
 
 
 @dataclass(eq=False)
 class Model:
-    """A causal language model with, or without, an adapter on it.
+    """A causal language model with, or without, adapters on it.
 
     network: what is called. tokenizer: its tokenizer. compute_dtype: what matrix products run in.
     verdict: the way that micro-batches run through it, and why. offloading: what a forward pass saves for the
     backward pass waits in host memory.
+    policy_adapters, reference_adapters: peft's names of the adapters that are on in that role; where there
+    are none, all are off and the base speaks. starts_as_reference: whether an untrained policy is its
+    reference, to the bit. unquantized: bytes of the base that are not quantized, by what they are.
     """
 
     network: PreTrainedModel | PeftModel
@@ -42,6 +46,10 @@ class Model:
     compute_dtype: torch.dtype
     verdict: Verdict = ASSUMED
     offloading: bool = False
+    policy_adapters: tuple[str, ...] = ("default",)
+    reference_adapters: tuple[str, ...] = ()
+    starts_as_reference: bool = True
+    unquantized: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def way(self) -> Way:
@@ -55,7 +63,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        return self.head.weight.device
+        # Not by the head: one with trained tokens makes its whole weight whenever it is asked for.
+        return next(self.causal.parameters()).device
 
     @cached_property
     def head(self) -> nn.Linear:
@@ -66,6 +75,10 @@ class Model:
     def adapter_layers(self) -> list[Any]:
         """peft's tuner layers: modules that hold a base layer and adapters for it."""
         return [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+
+    @cached_property
+    def switches(self) -> list[Switch]:
+        return switches_of(self.network, self.policy_adapters, self.reference_adapters)
 
     @cached_property
     def checkpointed_layers(self) -> list[GradientCheckpointingLayer]:
@@ -111,15 +124,6 @@ class Model:
             self.causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         else:
             enable(activation_checkpointing_kwargs=options)
-
-
-def load_model(base: Base, adapter: Adapter | None = None, *, seed: int = 0) -> Model:
-    """The base with a fresh adapter, whose initial values are a function of the seed; or without one."""
-    tokenizer = load_tokenizer(base)
-    verdict = verdict_on(base)
-    network = load_base(base, verdict.way)
-    model = Model(network, tokenizer, network.dtype, verdict)
-    return model if adapter is None else add_adapter(model, adapter, seed=seed)
 
 
 def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
@@ -188,46 +192,61 @@ def _refuse_unmergeable(model: Model) -> None:
         raise ModelError("adapter.targets names the head, which is tied to the embeddings in this model")
 
 
-def load_adapter(model: Model, folder: str) -> Model:
-    """The base with an adapter from a folder, frozen."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        network = PeftModel.from_pretrained(model.causal, folder, is_trainable=False)
-    return with_adapter(network, model)
+def with_adapter(network: PeftModel, model: Model, **changes: Any) -> Model:
+    """The model with what peft put on its network, all adapters added, in the policy's role.
 
-
-def with_adapter(network: PeftModel, model: Model) -> Model:
-    adapted = dataclasses.replace(model, network=network)
+    changes: fields of the new model. What requires a gradient now is what may ever get one.
+    """
+    adapted = dataclasses.replace(model, network=network, **changes)
     network.train()
-    _ = adapted.trainable  # fixed here: what requires a gradient now is what may ever get one
+    widen_copies(network, model.compute_dtype)
+    ask_for_own_tokens(network)
+    _ = adapted.trainable  # fixed here
     for layer in adapted.adapter_layers:
         # Autocast makes the products' inputs; peft would keep a float32 copy of each for the backward pass.
         layer.cast_input_dtype_enabled = model.compute_dtype not in (torch.bfloat16, torch.float16)
     add_in_place(adapted.adapter_layers)
+    _to_policy(adapted)
     return adapted
 
 
-def _set_adapters(model: Model, enabled: bool) -> None:
-    # peft's own switch walks all modules and touches requires_grad: about 40 ms on 224 layers.
-    for layer in model.adapter_layers:
-        layer._disable_adapters = not enabled
+def _to_policy(model: Model) -> None:
+    for switch in model.switches:
+        switch.attributes.update(switch.policy)
 
 
 @contextmanager
 def as_reference(model: Model) -> Iterator[None]:
-    """Adapters off: the frozen base. No gradients; a backward pass must not run inside."""
-    _set_adapters(model, enabled=False)
+    """The frozen reference: its own adapters on, or all off. No gradients; a backward pass must not run
+    inside.
+    """
+    for switch in model.switches:
+        switch.attributes.update(switch.reference)
     try:
         with torch.no_grad():
             yield
     finally:
-        _set_adapters(model, enabled=True)
+        _to_policy(model)
+
+
+@contextmanager
+def as_base(model: Model) -> Iterator[None]:
+    """All adapters off, whatever the reference is. No gradients."""
+    for switch in model.switches:
+        switch.attributes.update(OFF)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _to_policy(model)
 
 
 @contextmanager
 def as_policy(model: Model) -> Iterator[None]:
-    """Adapters on. This is how a model is outside of `as_reference`; the context says so where it matters."""
-    _set_adapters(model, enabled=True)
+    """The policy's adapters on. This is how a model is outside of `as_reference`; the context says so where
+    it matters.
+    """
+    _to_policy(model)
     yield
 
 

@@ -14,7 +14,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lora_dpo.errors import RunError
-from lora_dpo.model import Model
+from lora_dpo.model import POLICY, REFERENCE, Model, adapter_tensors, write_adapter
+from lora_dpo.reference import BASE
 from lora_dpo.run_directory import write_folder, write_text
 from lora_dpo.tokenization import Branches
 from lora_dpo.training.optimizer import optimizer_state, restore_optimizer
@@ -25,6 +26,8 @@ class TrainingState:
     """The counters of a run. step: optimizer steps done. best: the best metric so far, and at which step.
 
     objective: what an objective with state handed to the next step.
+    reference: the fingerprint of what was the reference when the run began. synced_at: the step after which
+    the policy last became the reference; 0 where it never did.
     """
 
     step: int = 0
@@ -37,6 +40,8 @@ class TrainingState:
     skipped_in_a_row: int = 0
     data: str = ""
     objective: dict[str, float] = field(default_factory=dict)
+    reference: str = BASE
+    synced_at: int = 0
 
 
 def save_checkpoint(
@@ -47,6 +52,8 @@ def save_checkpoint(
 
     def fill(part: Path) -> None:
         save_adapter(model, part / "adapter")
+        if state.synced_at:
+            save_adapter(model, part / "reference", REFERENCE)
         save_file(tensors, part / "optimizer.safetensors")
         write_text(part / "optimizer.json", json.dumps(numbers))
         write_text(part / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
@@ -54,11 +61,14 @@ def save_checkpoint(
     write_folder(folder, fill, manifest=True)
 
 
-def save_adapter(model: Model, folder: Path) -> None:
-    """The adapter in PEFT's layout."""
+def save_adapter(model: Model, folder: Path, name: str = POLICY) -> None:
+    """An adapter, the policy's or another by peft's name, in PEFT's layout."""
     assert isinstance(model.network, PeftModel)
-    # Without the flag peft asks the hub whether the base's vocabulary was resized.
-    model.network.save_pretrained(str(folder), save_embedding_layers=False)
+    if name == POLICY:
+        # Without the flag peft asks the hub whether the base's vocabulary was resized.
+        model.network.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    else:
+        write_adapter(model.network, name, folder)  # peft would write it one folder deeper
 
 
 def read_state(folder: Path) -> TrainingState:
@@ -68,22 +78,30 @@ def read_state(folder: Path) -> TrainingState:
 def restore_checkpoint(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Put adapter and optimizer back as they were saved; returns the counters."""
     restore_adapter(folder / "adapter", model)
+    restore_reference(folder, model)
     tensors = load_file(folder / "optimizer.safetensors")
     numbers = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
     restore_optimizer(optimizer, model.trainable, tensors, numbers)
     return read_state(folder)
 
 
-def restore_adapter(folder: Path, model: Model) -> None:
+def restore_reference(folder: Path, model: Model) -> None:
+    """Put the reference back as it was at a checkpoint, where it had been synchronised by then."""
+    if (folder / "reference").is_dir():
+        restore_adapter(folder / "reference", model, REFERENCE)
+
+
+def restore_adapter(folder: Path, model: Model, name: str = POLICY) -> None:
     """Copy an adapter folder's values into the model's adapter. Raises RunError where the tensors differ."""
+    assert isinstance(model.network, PeftModel)
     saved = load_file(folder / "adapter_model.safetensors")
-    own = {name.replace(".default.", "."): p for name, p in model.trainable.items()}
+    own = adapter_tensors(model.network, name)
     if saved.keys() != own.keys():
         odd = sorted(saved.keys() ^ own.keys())[0]
         raise RunError(f"{folder} is another adapter than the recipe's: {odd} is only in one of them")
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+        for key, tensor in own.items():
+            tensor.copy_(saved[key])
 
 
 def data_fingerprint(branches: Sequence[Branches]) -> str:

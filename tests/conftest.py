@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,3 +37,23 @@ def small_model(tmp_path_factory: pytest.TempPathFactory):
     from builders import save_small_model
 
     return save_small_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def recipe(small_model: Path, tmp_path: Path):
+    """Six steps on forty random pairs, the last eight held out."""
+    from builders import pair_rows
+
+    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training
+
+    rows = tmp_path / "pairs.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(40)))
+    return Recipe(
+        base=Base(str(small_model), compute_dtype="float32"),
+        data=Data(str(rows), eval_last=8),
+        adapter=Adapter(rank=4, dropout=0.1),
+        training=Training(
+            pairs_per_step=8, learning_rate=1e-2, epochs=20, max_steps=6, tokens_per_microbatch=400
+        ),
+        run_directory=str(tmp_path / "run"),
+    )

@@ -37,7 +37,7 @@ from lora_dpo.finished import evaluate_run, open_finished
 from lora_dpo.losses import DPO
 from lora_dpo.model import Model, load_base, load_model, load_tokenizer
 from lora_dpo.preferences import load_preferences
-from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training, override
+from lora_dpo.recipe import Adapter, Base, Data, Recipe, override
 from lora_dpo.reference import (
     ReferenceCache,
     adapter_fingerprint,
@@ -635,21 +635,6 @@ def test_two_processes_write_the_same_and_different_examples_at_once(tmp_path: P
 
 
 # ---- runs
-
-
-@pytest.fixture
-def recipe(small_model: Path, tmp_path: Path) -> Recipe:
-    rows = tmp_path / "pairs.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(40)))
-    return Recipe(
-        base=Base(str(small_model), compute_dtype="float32"),
-        data=Data(str(rows), eval_last=8),
-        adapter=Adapter(rank=4, dropout=0.1),
-        training=Training(
-            pairs_per_step=8, learning_rate=1e-2, epochs=20, max_steps=6, tokens_per_microbatch=400
-        ),
-        run_directory=str(tmp_path / "run"),
-    )
 
 
 def hit_rates(run: RunDirectory) -> list[float]:

@@ -15,26 +15,11 @@ from safetensors.torch import load_file
 
 from lora_dpo.errors import DataError, RecipeError, RunError
 from lora_dpo.finished import open_finished
-from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training, load_recipe, override
+from lora_dpo.recipe import Recipe, Training, load_recipe, override
 from lora_dpo.run_directory import RunDirectory, damage
 from lora_dpo.tokenization import ChatTokenizer
 from lora_dpo.training import Record, Stopped, train
 from lora_dpo.training.optimizer import learning_rate
-
-
-@pytest.fixture
-def recipe(small_model: Path, tmp_path: Path) -> Recipe:
-    rows = tmp_path / "pairs.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(40)))
-    return Recipe(
-        base=Base(str(small_model), compute_dtype="float32"),
-        data=Data(str(rows), eval_last=8),
-        adapter=Adapter(rank=4, dropout=0.1),
-        training=Training(
-            pairs_per_step=8, learning_rate=1e-2, epochs=20, max_steps=6, tokens_per_microbatch=400
-        ),
-        run_directory=str(tmp_path / "run"),
-    )
 
 
 def adapter_of(run: RunDirectory) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ ago.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -25,9 +26,19 @@ from lora_dpo.evaluation import batch_logprobs
 from lora_dpo.export import export_merged, verify_merged
 from lora_dpo.finished import evaluate_run, open_finished, side_by_side
 from lora_dpo.losses import DPO
-from lora_dpo.model import REFERENCE, Model, adapter_tensors, as_base, load_base, load_model, sync_reference
+from lora_dpo.model import (
+    REFERENCE,
+    Model,
+    adapter_tensors,
+    add_adapter,
+    as_base,
+    load_base,
+    load_model,
+    sync_reference,
+)
+from lora_dpo.model import loading as loading_module
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Training, override
-from lora_dpo.reference import ReferenceCache, reference_fingerprint, reference_logprobs
+from lora_dpo.reference import ReferenceCache, base_fingerprint, reference_fingerprint, reference_logprobs
 from lora_dpo.run_directory import RunDirectory, cache_folder
 from lora_dpo.training import Record, preflight, step_gradient, train
 from lora_dpo.training import start as start_module
@@ -334,6 +345,17 @@ def test_the_base_is_not_synchronised(small_model: Path):
         sync_reference(load_model(base_of(small_model), Adapter(rank=4)))
 
 
+def test_an_adapter_whose_start_is_subtracted_is_not_synchronised(
+    small_model: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def subtracted(model: Model, adapter: Adapter, *, seed: int) -> Model:
+        return dataclasses.replace(add_adapter(model, adapter), policy_adapters=("default", "initial"))
+
+    monkeypatch.setattr(loading_module, "add_adapter", subtracted)
+    with pytest.raises(RecipeError, match=r"reference\.sync_every copies one adapter.*adapter\.init=default"):
+        load_model(base_of(small_model), Adapter(rank=4), reference=Reference(sync_every=2))
+
+
 # ---- refusals
 
 
@@ -487,6 +509,19 @@ def test_keys_that_the_adapters_folder_decides_are_refused_where_they_differ(
 
 
 # ---- what is kept of the reference
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_base_is_the_same_under_whatever_adapter(
+    small_model: Path, adapters: dict[str, Path], kind: str, quantization: str
+):
+    base = base_of(small_model, quantization, "bfloat16")
+    expected = base_fingerprint(load_model(base))
+    model = load_model(base, Adapter(start_from=str(adapters[kind])))
+    assert base_fingerprint(model) == expected
+    train_some(model, steps=2)
+    sync_reference(model)
+    assert base_fingerprint(model) == expected
 
 
 def test_kept_log_probs_are_found_for_the_same_adapter_only(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from peft import PeftModel
 
-from lora_dpo.errors import ModelError
+from lora_dpo.errors import ModelError, RecipeError
 from lora_dpo.model.base import load_base, load_tokenizer, unquantized_bytes, verdict_on
 from lora_dpo.model.roles import Model, add_adapter, with_adapter
 from lora_dpo.model.saved import (
@@ -69,12 +68,17 @@ def _with_reference(model: Model, adapter: Adapter, reference: Reference) -> Mod
         saved, names = read_adapter(reference.adapter, "reference.adapter"), (REFERENCE,)
         return _put(model, saved, REFERENCE, reference_adapters=names, starts_as_reference=False)
     if kind == "base" and not reference.sync_every:
-        return dataclasses.replace(model, starts_as_reference=adapter.start_from is None)
-    # A copy of the policy as it starts, with what else the policy has on. To be synchronised, the reference
-    # of a fresh adapter is one too: at first it adds nothing, as the policy does.
+        model.starts_as_reference = adapter.start_from is None
+        return model
+    if model.policy_adapters != (POLICY,):
+        raise RecipeError(
+            "reference.sync_every copies one adapter, and this policy is one less another (adapter.init): use"
+            " adapter.init=default"
+        )
+    # A copy of the policy as it starts. To be synchronised, the reference of a fresh adapter is one too: at
+    # first it adds nothing, as the policy does.
     assert isinstance(model.network, PeftModel)
-    names = tuple(REFERENCE if name == POLICY else name for name in model.policy_adapters)
-    return _put(model, in_memory(model.network, POLICY), REFERENCE, reference_adapters=names)
+    return _put(model, in_memory(model.network, POLICY), REFERENCE, reference_adapters=(REFERENCE,))
 
 
 def _put(

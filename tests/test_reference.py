@@ -522,8 +522,8 @@ def test_a_step_that_ran_out_of_memory_leaves_nothing_of_its_attempt(
     def marked(model: Model, batch: Any) -> Tensor:
         return reference_logprobs(model, batch) + (0.0 if failed else 1.0)
 
-    def failing(model: Model, objective: Any, batch: Any, cache: Any) -> Any:
-        result = genuine(model, objective, batch, cache)
+    def failing(model: Model, objective: Any, batch: Any, cache: Any, **more: Any) -> Any:
+        result = genuine(model, objective, batch, cache, **more)
         if not failed and batch.examples[0] != 5:
             failed.append(batch.tokens)
             raise torch.OutOfMemoryError("simulated")

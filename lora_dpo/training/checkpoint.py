@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lora_dpo.errors import RunError
-from lora_dpo.model import Model
+from lora_dpo.model import INITIAL, Model, adapter_tensors, save_for_resuming
 from lora_dpo.run_directory import write_folder, write_text
 from lora_dpo.tokenization import Branches
 from lora_dpo.training.optimizer import optimizer_state, restore_optimizer
@@ -42,19 +43,12 @@ def save_checkpoint(
     tensors, numbers = optimizer_state(optimizer, model.trainable)
 
     def fill(part: Path) -> None:
-        save_adapter(model, part / "adapter")
+        save_for_resuming(model, part / "adapter")
         save_file(tensors, part / "optimizer.safetensors")
         write_text(part / "optimizer.json", json.dumps(numbers))
         write_text(part / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
 
     write_folder(folder, fill, manifest=True)
-
-
-def save_adapter(model: Model, folder: Path) -> None:
-    """The adapter in PEFT's layout."""
-    assert isinstance(model.network, PeftModel)
-    # Without the flag peft asks the hub whether the base's vocabulary was resized.
-    model.network.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def read_state(folder: Path) -> TrainingState:
@@ -71,15 +65,24 @@ def restore_checkpoint(folder: Path, model: Model, optimizer: torch.optim.Optimi
 
 
 def restore_adapter(folder: Path, model: Model) -> None:
-    """Copy an adapter folder's values into the model's adapter. Raises RunError where the tensors differ."""
-    saved = load_file(folder / "adapter_model.safetensors")
-    own = {name.replace(".default.", "."): p for name, p in model.trainable.items()}
+    """Copy the adapter of a checkpoint into the model's, and what it started from. Raises RunError where the
+    tensors differ.
+    """
+    assert isinstance(model.network, PeftModel)
+    _restore(folder, adapter_tensors(model.network))
+    if INITIAL in model.policy_adapters:
+        _restore(folder / INITIAL, adapter_tensors(model.network, INITIAL))
+
+
+def _restore(folder: Path, own: dict[str, Tensor]) -> None:
+    file = folder / "adapter_model.safetensors"
+    saved = load_file(file) if file.is_file() else {}
     if saved.keys() != own.keys():
         odd = sorted(saved.keys() ^ own.keys())[0]
         raise RunError(f"{folder} is another adapter than the recipe's: {odd} is only in one of them")
     with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(saved[name])
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
 
 
 def data_fingerprint(branches: Sequence[Branches]) -> str:

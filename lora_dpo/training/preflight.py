@@ -174,7 +174,8 @@ def _check_gradients(model: Model, objective: Objective, batch: MicroBatch) -> s
     dead = [
         name
         for name, p in model.trainable.items()
-        if not _reached(p.grad, allow_zero=has_experts(model.causal))
+        # A token that is trained may be in none of these examples.
+        if not _reached(p.grad, allow_zero=has_experts(model.causal) or "trainable_tokens" in name)
     ]
     stray = [
         n for n, p in model.network.named_parameters() if p.grad is not None and n not in model.trainable

@@ -19,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from lora_dpo.batching import StepSampler
 from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
-from lora_dpo.model import Model
+from lora_dpo.model import Model, save_adapter
 from lora_dpo.recipe import Recipe, to_dict
 from lora_dpo.reference import ReferenceCache
 from lora_dpo.run_directory import RunDirectory, damage, write_folder
@@ -28,7 +28,6 @@ from lora_dpo.training.checkpoint import (
     data_fingerprint,
     restore_adapter,
     restore_checkpoint,
-    save_adapter,
     save_checkpoint,
 )
 from lora_dpo.training.data import TrainingData
@@ -67,7 +66,8 @@ class Trainer:
         self.recipe, self.training, self.objective = recipe, recipe.training, recipe.loss
         self.run_directory, self.model, self.data = run, model, data
         self.accelerator, self.display, self.cache = accelerator, display, cache
-        self.optimizer = make_optimizer(self.training, model.trainable)
+        ratio = recipe.adapter.lora_plus_ratio
+        self.optimizer = make_optimizer(self.training, model.trainable, lora_plus_ratio=ratio)
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             model.device.type, enabled=model.compute_dtype == torch.float16
         )

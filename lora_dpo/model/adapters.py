@@ -13,19 +13,21 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.errors import ModelError
 from lora_dpo.model.base import load_base, load_tokenizer, verdict_on
 from lora_dpo.model.dora import start_magnitudes
-from lora_dpo.model.initial import save_doubled, start_from_base
+from lora_dpo.model.initial import save_doubled, start_from_base, start_tensors
 from lora_dpo.model.low_rank import INITIAL
 from lora_dpo.model.roles import Model, with_adapter
 from lora_dpo.model.targets import (
+    adapted_modules,
     check_experts,
-    check_patterns,
     not_plain,
+    patterns,
     saved_modules,
     target_modules,
     token_ids,
@@ -68,20 +70,20 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
     adapted = with_adapter(network, model, policy_adapters=policy)
     start_magnitudes(adapted.adapter_layers)
     _refuse_unmergeable(adapted)
-    paths = [path for path, module in adapted.causal.named_modules() if isinstance(module, LoraLayer)]
-    check_patterns(adapter, paths)
     return adapted
 
 
 def _peft_config(model: Model, adapter: Adapter) -> LoraConfig:
     network = model.causal
     targets = target_modules(network, adapter)
+    adapted = adapted_modules(network, adapter)
     check_experts(network, adapter)
-    options: dict[str, Any] = {"lora_alpha": adapter.alpha, "alpha_pattern": dict(adapter.alphas)}
+    options: dict[str, Any] = {"lora_alpha": adapter.alpha}
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
-        rank_pattern=dict(adapter.ranks),
+        rank_pattern=patterns(adapter, "ranks", adapted),
+        alpha_pattern=patterns(adapter, "alphas", adapted),
         lora_dropout=adapter.dropout,
         target_modules=targets,
         exclude_modules=not_plain(network) if targets == "all-linear" else None,
@@ -100,8 +102,8 @@ def _peft_config(model: Model, adapter: Adapter) -> LoraConfig:
 def _tokens(model: Model, adapter: Adapter) -> list[int] | None:
     if not adapter.trained_tokens:
         return None
-    rows = model.causal.get_input_embeddings().weight.shape[0]
-    return token_ids(adapter.trained_tokens, model.tokenizer, rows)  # pyright: ignore[reportArgumentType]
+    embeddings: Any = model.causal.get_input_embeddings()
+    return token_ids(adapter.trained_tokens, model.tokenizer, embeddings.weight.shape[0])
 
 
 def _refuse_unmergeable(model: Model) -> None:
@@ -128,6 +130,8 @@ def load_adapter(model: Model, folder: str) -> Model:
 
 def adapter_tensors(network: PeftModel, name: str = TRAINED) -> dict[str, Tensor]:
     """An adapter's tensors by their names in PEFT's files, complete, sharing memory with the model's own."""
+    if name == INITIAL:  # PEFT looks for its trained tokens, too, and it has none
+        return start_tensors(network)
     return get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False)
 
 
@@ -135,18 +139,21 @@ def save_adapter(model: Model, folder: Path) -> None:
     """The trained adapter as others load it, in PEFT's layout; with a start that is subtracted, as one of
     twice the rank.
     """
-    network = _save(model, folder, [TRAINED])
+    network = _save(model, folder)
     if INITIAL in model.policy_adapters:
-        save_doubled(network, folder, adapter_tensors(network), adapter_tensors(network, INITIAL))
+        save_doubled(network, folder, adapter_tensors(network))
 
 
 def save_for_resuming(model: Model, folder: Path) -> None:
-    """The trained adapter as it is in memory, and in a folder inside what it started from."""
-    _save(model, folder, [name for name in (TRAINED, INITIAL) if name in model.policy_adapters])
+    """The trained adapter as it is in memory, and beside it what it started from."""
+    network = _save(model, folder)
+    if INITIAL in model.policy_adapters:
+        start = {name: tensor.contiguous() for name, tensor in start_tensors(network).items()}
+        save_file(start, folder / f"{INITIAL}.safetensors")
 
 
-def _save(model: Model, folder: Path, names: list[str]) -> PeftModel:
+def _save(model: Model, folder: Path) -> PeftModel:
     assert isinstance(model.network, PeftModel)
     # Without the flag peft asks the hub whether the base's vocabulary was resized.
-    model.network.save_pretrained(str(folder), selected_adapters=names, save_embedding_layers=False)
+    model.network.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False)
     return model.network

@@ -24,8 +24,8 @@ from lora_dpo.model.low_rank import INITIAL, PLAIN, factors_of_difference
 from lora_dpo.model.weights import base_matrix
 
 EXACT = 1024
-"""Up to this width singular vectors are computed in full; above by subspace iterations, as PiSSA's paper does
-(section 5.4; 16 of them)."""
+"""Up to this width singular vectors are computed in full; above by subspace iterations, as PiSSA's authors
+recommend."""
 
 
 def start_from_base(network: PeftModel, init: str, name: str = "default") -> None:
@@ -78,22 +78,40 @@ def starting_factors(weight: Tensor, rank: int, init: str, scaling: float) -> tu
     if init == "olora":
         q, upper = torch.linalg.qr(weight)
         return q[:, :rank].contiguous(), upper[:rank].contiguous()
-    if min(weight.shape) <= EXACT:
-        u, values, vt = torch.linalg.svd(weight, full_matrices=False)
+    u, values, vt = principal(weight, rank, iterations=16)
+    root = (values / scaling).sqrt()
+    return (u * root).contiguous(), (root[:, None] * vt).contiguous()
+
+
+def principal(matrix: Tensor, count: int, *, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values [k], and their vectors: ([M, k], [k], [k, N]) of a matrix [M, N].
+
+    Where both sides are above `EXACT`, by so many subspace iterations (Halko et al. 2011, arXiv:0909.4061).
+    """
+    if min(matrix.shape) <= EXACT:
+        u, values, vt = torch.linalg.svd(matrix, full_matrices=False)
     else:
-        u, values, v = torch.svd_lowrank(weight, q=min(rank + 8, *weight.shape), niter=16)
+        u, values, v = torch.svd_lowrank(matrix, q=min(count + 8, *matrix.shape), niter=iterations)
         vt = v.T
-    root = (values[:rank] / scaling).sqrt()
-    return (u[:, :rank] * root).contiguous(), (root[:, None] * vt[:rank]).contiguous()
+    return u[:, :count], values[:count], vt[:count]
 
 
-def save_doubled(
-    network: PeftModel, folder: Path, tensors: dict[str, Tensor], start: dict[str, Tensor]
-) -> None:
+def start_tensors(network: PeftModel) -> dict[str, Tensor]:
+    """B₀ and A₀ of every layer, by the names that B and A have in PEFT's files; not copies."""
+    return {
+        f"{path}.{factor}.weight": getattr(layer, factor)[INITIAL].weight.detach()
+        for path, layer in network.named_modules()
+        if type(layer) in PLAIN and INITIAL in layer.lora_A
+        for factor in ("lora_A", "lora_B")
+    }
+
+
+def save_doubled(network: PeftModel, folder: Path, tensors: dict[str, Tensor]) -> None:
     """Write the adapter less its start as one of twice the rank, which any PEFT loads.
 
-    tensors, start: both adapters' tensors, by their names in PEFT's files.
+    tensors: the trained adapter's, by their names in PEFT's files.
     """
+    start = start_tensors(network)
     doubled = dict(tensors)
     for name, a in tensors.items():
         if name.endswith(".lora_A.weight"):

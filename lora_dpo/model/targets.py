@@ -21,24 +21,31 @@ def target_modules(network: PreTrainedModel, adapter: Adapter) -> str | list[str
 
     Raises ModelError where a name or layer is not in the network.
     """
-    names = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
-    modules = [path for path, _ in network.named_modules()]
-    if not isinstance(names, str):
-        for name in names:
-            if not any(_ends_with(path, name) for path in modules):
-                raise ModelError(f"adapter.targets names {name}, which is no module of the base")
+    found = adapted_modules(network, adapter)
     if adapter.layers is None:
-        return names
-    chosen = set(layer_numbers(adapter.layers, network.config.get_text_config().num_hidden_layers))
-    candidates = _all_linear(network) if isinstance(names, str) else modules
-    found = [
-        path
-        for path in candidates
-        if _layer_of(path) in chosen and (names == "all-linear" or any(_ends_with(path, n) for n in names))
-    ]
+        return adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
     if not found:
         raise ModelError(f"adapter.targets {adapter.targets} name nothing in the layers {adapter.layers}")
     return found
+
+
+def adapted_modules(network: PreTrainedModel, adapter: Adapter) -> list[str]:
+    """The paths of the modules that get an adapter. Raises ModelError where a name is of none."""
+    if isinstance(adapter.targets, str):
+        found = _all_linear(network)
+    else:
+        paths = {
+            name: [path for path, _ in network.named_modules() if _ends_with(path, name)]
+            for name in adapter.targets
+        }
+        unknown = [name for name, own in paths.items() if not own]
+        if unknown:
+            raise ModelError(f"adapter.targets names {unknown[0]}, which is no module of the base")
+        found = list(dict.fromkeys(path for own in paths.values() for path in own))
+    if adapter.layers is None:
+        return found
+    chosen = set(layer_numbers(adapter.layers, network.config.get_text_config().num_hidden_layers))
+    return [path for path in found if _layer_of(path) in chosen]
 
 
 def layer_numbers(text: str, count: int) -> list[int]:
@@ -100,12 +107,25 @@ def _gives_a_product(module: nn.Linear) -> bool:
     return isinstance(out, torch.Tensor) and out.shape == (1, module.out_features)
 
 
-def check_patterns(adapter: Adapter, adapted: Sequence[str]) -> None:
-    """Every key of adapter.ranks and adapter.alphas fits a module that is adapted. Raises ModelError."""
-    for option in ("ranks", "alphas"):
-        for name in getattr(adapter, option):
-            if not any(re.match(rf"(.*\.)?({name})$", path) for path in adapted):
-                raise ModelError(f"adapter.{option} names {name}, which is no module that gets an adapter")
+def patterns(adapter: Adapter, option: str, adapted: Sequence[str]) -> dict[str, Any]:
+    """adapter.ranks or adapter.alphas as PEFT takes them.
+
+    Where there are several, every module gets its own: PEFT writes them to its file sorted by name, and when
+    they are read again another one may be the first that fits. Raises ModelError where one fits no module.
+    """
+    values: dict[str, Any] = getattr(adapter, option)
+    for name in values:
+        if not any(_fits(path, name) for path in adapted):
+            raise ModelError(f"adapter.{option} names {name}, which is no module that gets an adapter")
+    if len(values) < 2:
+        return dict(values)
+    fitting = {path: [value for name, value in values.items() if _fits(path, name)] for path in adapted}
+    return {re.escape(path): found[0] for path, found in fitting.items() if found}
+
+
+def _fits(path: str, name: str) -> bool:
+    """PEFT's own rule: a regular expression for the end of a path."""
+    return re.match(rf"(.*\.)?({name})$", path) is not None
 
 
 def saved_modules(network: PreTrainedModel, adapter: Adapter) -> list[str]:

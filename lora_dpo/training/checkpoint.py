@@ -69,17 +69,16 @@ def restore_adapter(folder: Path, model: Model) -> None:
     tensors differ.
     """
     assert isinstance(model.network, PeftModel)
-    _restore(folder, adapter_tensors(model.network))
+    _restore(folder / "adapter_model.safetensors", adapter_tensors(model.network))
     if INITIAL in model.policy_adapters:
-        _restore(folder / INITIAL, adapter_tensors(model.network, INITIAL))
+        _restore(folder / f"{INITIAL}.safetensors", adapter_tensors(model.network, INITIAL))
 
 
-def _restore(folder: Path, own: dict[str, Tensor]) -> None:
-    file = folder / "adapter_model.safetensors"
+def _restore(file: Path, own: dict[str, Tensor]) -> None:
     saved = load_file(file) if file.is_file() else {}
     if saved.keys() != own.keys():
         odd = sorted(saved.keys() ^ own.keys())[0]
-        raise RunError(f"{folder} is another adapter than the recipe's: {odd} is only in one of them")
+        raise RunError(f"{file} is another adapter than the recipe's: {odd} is only in one of them")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])

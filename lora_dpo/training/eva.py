@@ -19,6 +19,7 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from lora_dpo.batching import pack
 from lora_dpo.model import Model
+from lora_dpo.model.initial import principal
 from lora_dpo.reference import reference_logprobs
 from lora_dpo.tokenization import Branches
 
@@ -104,8 +105,8 @@ class _Directions:
             new = x.detach().reshape(-1, x.shape[-1]).float()
             rows = new if self.rows is None else torch.cat([self.rows, new])
             count = min(self.rank + BESIDE, *rows.shape)
-            _, values, vectors = torch.svd_lowrank(rows, q=count, niter=4)
-            before, self.rows = self.rows, values[:, None] * vectors.T
+            _, values, vectors = principal(rows, count, iterations=4)
+            before, self.rows = self.rows, values[:, None] * vectors
         if before is not None:
             most = min(self.rank, len(before), len(self.rows))
             same = cosine_similarity(before[:most], self.rows[:most]).abs()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lora_dpo.losses import DPO, SFT, LogProbs, Loss, Objective
     from lora_dpo.model import load_model
     from lora_dpo.preferences import Preference, load_preferences
-    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Source, Training, load_recipe
+    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Source, Training, load_recipe
     from lora_dpo.reference import reference_logprobs
     from lora_dpo.tokenization import ChatTokenizer, tokenize
     from lora_dpo.training import Record, preflight, train
@@ -41,7 +41,7 @@ _HOMES = {
     "losses": ("DPO", "SFT", "LogProbs", "Loss", "Objective"),
     "model": ("load_model",),
     "preferences": ("Preference", "load_preferences"),
-    "recipe": ("Adapter", "Base", "Data", "Recipe", "Source", "Training", "load_recipe"),
+    "recipe": ("Adapter", "Base", "Data", "Recipe", "Reference", "Source", "Training", "load_recipe"),
     "reference": ("reference_logprobs",),
     "tokenization": ("ChatTokenizer", "tokenize"),
     "training": ("Record", "preflight", "train"),
@@ -62,6 +62,7 @@ __all__ = [
     "Preference",
     "Recipe",
     "Record",
+    "Reference",
     "Source",
     "StepSampler",
     "Training",

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +24,7 @@ from lora_dpo.finished import FinishedRun
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.model import (
     Model,
-    as_reference,
+    as_base,
     dequantized,
     dora_matrix,
     load_config,
@@ -34,6 +34,7 @@ from lora_dpo.model import (
 from lora_dpo.recipe import Base
 from lora_dpo.run_directory import RunDirectory, write_folder, write_text
 
+PEFTS_OWN = (LoraLayer, AuxiliaryTrainingWrapper)
 MergedDtype = Literal["bfloat16", "float16", "float32"]
 
 
@@ -99,6 +100,8 @@ def merged_network(model: Model, base: Base, dtype: torch.dtype) -> PreTrainedMo
     """The model without quantization and adapter, its weights on the CPU in `dtype`."""
     config = load_config(base)
     config.dtype = dtype
+    if config.get_text_config().tie_word_embeddings and not _still_tied(model):
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     with torch.device("meta"):
         plain: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
@@ -110,6 +113,13 @@ def merged_network(model: Model, base: Base, dtype: torch.dtype) -> PreTrainedMo
         raise ModelError(f"{missing[0]} is in the base's architecture but was not loaded: it can't be merged")
     plain.generation_config = model.causal.generation_config
     return plain
+
+
+def _still_tied(model: Model) -> bool:
+    """Whether head and embeddings, one weight in the base, are still one with the adapter merged."""
+    embeddings, head = model.causal.get_input_embeddings(), model.head
+    changed = [module for module in (embeddings, head) if isinstance(module, PEFTS_OWN)]
+    return not changed or torch.equal(merged_weight(embeddings).float(), merged_weight(head).float())
 
 
 def _merged_tensors(source: nn.Module, plain: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -191,7 +201,7 @@ def merged_weight(module: nn.Module) -> Tensor:
     if not isinstance(module, LoraLayer):
         return weight
     layer: Any = module
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    names = [name for name in layer.active_adapters if name in layer._get_available_adapters()]
     if names and names[0] in layer.lora_variant:
         matrix = dora_matrix(layer, names[0])
         return matrix.T if getattr(layer, "fan_in_fan_out", False) else matrix
@@ -215,7 +225,7 @@ def verify_merged(
     if not held_out:
         return None
     trained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
-    with as_reference(run.model):
+    with as_base(run.model):
         untrained = _token_logprobs(run.model, held_out, run.tokens_per_microbatch)
     reloaded = load_model(base)
     gap = (_token_logprobs(reloaded, held_out, run.tokens_per_microbatch) - trained).abs()

@@ -15,7 +15,7 @@ from lora_dpo.model import Model, load_adapter, load_model, load_tokenizer
 from lora_dpo.preferences import Demonstration, Preference
 from lora_dpo.recipe import Recipe, load_recipe, override
 from lora_dpo.run_directory import RunDirectory, write_text
-from lora_dpo.sampling import greedy
+from lora_dpo.sampling import Role, greedy
 from lora_dpo.training import Display, HeldOut, chat_tokenizer, prepare_held_out, reference_cache
 
 
@@ -35,12 +35,15 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class Sample:
-    """One held-out prompt and what base and policy answer to it, greedily."""
+    """One held-out prompt and what base and policy answer to it, greedily; so does a reference that is an
+    adapter.
+    """
 
     prompt: str
     base: str
     policy: str
     chosen: str
+    reference: str | None = None
 
 
 def open_finished(
@@ -70,8 +73,23 @@ def open_finished(
         if need_data:
             raise DataError(f"{error} (--data FILE evaluates on other rows)") from error
         held_out = HeldOut([], [], chat_tokenizer(tokenizer, recipe.data))
-    model = load_adapter(load_model(recipe.base), str(directory.adapter_folder))
+    adapters = str(directory.adapter_folder), reference_of(directory, recipe)
+    model = load_adapter(load_model(recipe.base), adapters[0], reference=adapters[1])
     return FinishedRun(directory, recipe, model, held_out)
+
+
+def reference_of(directory: RunDirectory, recipe: Recipe) -> str | None:
+    """The folder of the adapter that was the run's reference; None where the base was, or nothing needs one.
+
+    Raises RunError where it is gone.
+    """
+    kind = recipe.reference.of(recipe.adapter.start_from)
+    if not recipe.loss.needs_reference or (kind == "base" and not recipe.reference.sync_every):
+        return None
+    folder = directory.reference_folder
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise RunError(f"{folder} is missing: it held the adapter that was this run's reference")
+    return str(folder)
 
 
 def evaluate_run(run: FinishedRun, *, display: Display | None = None) -> Evaluation:
@@ -100,7 +118,9 @@ def evaluate_run(run: FinishedRun, *, display: Display | None = None) -> Evaluat
 def side_by_side(
     run: FinishedRun, *, count: int = 16, max_new_tokens: int = 128, display: Display | None = None
 ) -> list[Sample]:
-    """Greedy responses of base and policy to held-out prompts; also written to samples.jsonl."""
+    """Greedy responses of base and policy, and of a reference that is an adapter, to held-out prompts; also
+    written to samples.jsonl.
+    """
     display = display or Display(quiet=True)
     chat = run.data.tokenizer
     records = [r for r in _distinct_prompts(run.data.records) if r.prompt][:count]
@@ -111,20 +131,24 @@ def side_by_side(
     # Cut to the end, as long as training's prompts were at most.
     prompts = [chat.prompt_ids(r.prompt, r.tools, r.template_kwargs).tolist()[-limit:] for r in records]
     texts: dict[str, list[str]] = {}
-    with display.counting("generating", 2 * len(prompts)) as advance:
-        for role in ("base", "policy"):
+    roles: list[Role] = ["base", "policy", *(["reference"] if run.model.reference_adapters else [])]  # pyright: ignore[reportAssignmentType]
+    with display.counting("generating", len(roles) * len(prompts)) as advance:
+        for role in roles:
             made = greedy(
                 run.model,
                 prompts,
                 stop_ids=chat.end_of_turn_ids,
                 max_new_tokens=max_new_tokens,
-                reference=role == "base",
+                role=role,
                 progress=advance,
             )
             texts[role] = [chat.decode(ids) for ids in made]
+    references = texts.get("reference") or [None] * len(records)
     samples = [
-        Sample(shown(record.prompt), base, policy, shown(_preferred(record)))
-        for record, base, policy in zip(records, texts["base"], texts["policy"], strict=True)
+        Sample(shown(record.prompt), base, policy, shown(_preferred(record)), reference)
+        for record, base, policy, reference in zip(
+            records, texts["base"], texts["policy"], references, strict=True
+        )
     ]
     lines = (json.dumps(dataclasses.asdict(sample), ensure_ascii=False) + "\n" for sample in samples)
     write_text(run.directory.samples_file, "".join(lines))

@@ -6,6 +6,7 @@ samples.jsonl      generations of base and policy side by side
 evaluation.json    the last evaluation
 checkpoints/       step-000120/: adapter, optimizer, counters and a manifest with every file's SHA-256
 adapter/           the trained adapter, in PEFT's layout
+reference/         the adapter that was its reference at the end, where one was
 """
 
 from __future__ import annotations
@@ -110,6 +111,10 @@ class RunDirectory:
     @property
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def reference_folder(self) -> Path:
+        return self.path / "reference"
 
     @property
     def checkpoints_folder(self) -> Path:

@@ -1,14 +1,17 @@
-"""Responses from the base with, or without, its adapter."""
+"""Responses from the base with, or without, its adapters."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from typing import Literal
 
 import torch
 
-from lora_dpo.model import Model, as_reference, generating
+from lora_dpo.model import Model, as_base, as_policy, as_reference, generating
+
+Role = Literal["policy", "reference", "base"]
+ROLES = {"policy": as_policy, "reference": as_reference, "base": as_base}
 
 
 def greedy(
@@ -17,13 +20,13 @@ def greedy(
     *,
     stop_ids: Sequence[int],
     max_new_tokens: int = 128,
-    reference: bool = False,
+    role: Role = "policy",
     batch_size: int = 16,
     progress: Callable[[int], None] | None = None,
 ) -> list[list[int]]:
     """The most likely response to each prompt, token by token, as ids without the stop token.
 
-    prompts: token ids, each ending where the response begins. reference: with the adapters off. Prompts of
+    prompts: token ids, each ending where the response begins. role: who answers. Prompts of
     like length are batched together, padded on the left and masked; of the same length only, where the model
     has recurrent layers, say, and is not run under masks either.
     """
@@ -33,8 +36,7 @@ def greedy(
     if model.way in ("padded", "single"):
         groups = [list(same) for _, same in itertools.groupby(order, key=lambda n: len(prompts[n]))]
     batches = [group[at : at + batch_size] for group in groups for at in range(0, len(group), batch_size)]
-    role = as_reference(model) if reference else nullcontext()
-    with generating(model), role:
+    with generating(model), ROLES[role](model):
         for rows in batches:
             made = _generate(model, [prompts[n] for n in rows], stop_ids, max_new_tokens)
             for n, ids in zip(rows, made, strict=True):

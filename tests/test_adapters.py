@@ -38,6 +38,7 @@ from lora_dpo.finished import evaluate_run, open_finished
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.losses import DPO
 from lora_dpo.model import (
+    REFERENCE,
     Model,
     add_adapter,
     load_adapter,
@@ -45,12 +46,24 @@ from lora_dpo.model import (
     load_model,
     save_adapter,
     save_for_resuming,
+    sync_reference,
     without_dropout,
 )
 from lora_dpo.model.initial import starting_factors
 from lora_dpo.model.low_rank import _AddLowRank, factors_of_difference
 from lora_dpo.model.targets import layer_numbers
-from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training, from_dict, override, to_dict, to_yaml
+from lora_dpo.recipe import (
+    Adapter,
+    Base,
+    Data,
+    Recipe,
+    Reference,
+    Training,
+    from_dict,
+    override,
+    to_dict,
+    to_yaml,
+)
 from lora_dpo.reference import reference_logprobs
 from lora_dpo.reference.identity import base_fingerprint
 from lora_dpo.training import Record, preflight, step_gradient, train
@@ -387,6 +400,47 @@ def test_lora_plus_gives_b_its_share_of_the_rate_all_along_the_schedule(
         rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
         for name, parameter in model.trainable.items():
             assert rates[id(parameter)] == rate * (ratio if ".lora_B." in name else 1.0)
+
+
+@pytest.mark.parametrize(
+    "kind", ["default", "rslora", "dora", "pissa", "olora", "pissa-tokens-head", "tokens"]
+)
+def test_a_reference_that_is_synchronised_is_the_policy_to_the_bit(
+    small_model: Path, tmp_path: Path, kind: str
+):
+    """At the start, and after each synchronisation; saved, both say what they said in memory."""
+    base = base_of(small_model, "nf4-bfloat16")
+    model = load_model(base, kind_of(kind), reference=Reference(sync_every=2))
+    assert torch.equal(reference_logprobs(model, batch()), policy(model))
+    steps(model, 3)
+    sync_reference(model)
+    reference = policy(model)
+    assert torch.equal(reference_logprobs(model, batch()), reference)
+    steps(model, 3)
+    assert torch.equal(reference_logprobs(model, batch()), reference)
+    assert not torch.equal(policy(model), reference)
+    save_adapter(model, tmp_path / "policy")
+    save_adapter(model, tmp_path / "reference", REFERENCE)
+    folders = [str(tmp_path / name) for name in ("policy", "reference")]
+    loaded = load_adapter(load_model(base), folders[0], reference=folders[1])
+    assert torch.equal(policy(loaded), policy(model))
+    assert torch.equal(reference_logprobs(loaded, batch()), reference)
+
+
+@pytest.mark.parametrize("kind", ["default", "dora", "pissa", "pissa-tokens-head"])
+def test_training_goes_on_from_an_exported_adapter(small_model: Path, tmp_path: Path, kind: str):
+    """The policy that starts from it is its reference to the bit, and both are what was exported."""
+    base = base_of(small_model, "nf4-bfloat16")
+    model = load_model(base, kind_of(kind))
+    steps(model, 3)
+    save_adapter(model, tmp_path / "adapter")
+    exported = policy(model)
+    model = load_model(base, Adapter(start_from=str(tmp_path / "adapter")))
+    assert torch.equal(policy(model), exported)
+    assert torch.equal(reference_logprobs(model, batch()), exported)
+    steps(model, 3)
+    assert torch.equal(reference_logprobs(model, batch()), exported)
+    assert (policy(model) - exported).abs().max() > 1e-3
 
 
 def moe(**options) -> Model:

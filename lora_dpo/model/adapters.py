@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.errors import ModelError
-from lora_dpo.model.base import load_base, load_tokenizer, verdict_on
 from lora_dpo.model.dora import start_magnitudes
 from lora_dpo.model.initial import save_doubled, start_from_base, start_tensors
 from lora_dpo.model.low_rank import INITIAL
 from lora_dpo.model.roles import Model, with_adapter
+from lora_dpo.model.saved import adapter_tensors, write_adapter
 from lora_dpo.model.targets import (
     adapted_modules,
     check_experts,
@@ -32,19 +32,10 @@ from lora_dpo.model.targets import (
     target_modules,
     token_ids,
 )
-from lora_dpo.recipe import Adapter, Base
+from lora_dpo.recipe import Adapter
 
 TRAINED = "default"
 """PEFT's name for the adapter that is trained."""
-
-
-def load_model(base: Base, adapter: Adapter | None = None, *, seed: int = 0) -> Model:
-    """The base with a fresh adapter, whose initial values are a function of the seed; or without one."""
-    tokenizer = load_tokenizer(base)
-    verdict = verdict_on(base)
-    network = load_base(base, verdict.way)
-    model = Model(network, tokenizer, network.dtype, verdict)
-    return model if adapter is None else add_adapter(model, adapter, seed=seed)
 
 
 def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
@@ -120,40 +111,30 @@ def _refuse_unmergeable(model: Model) -> None:
         raise ModelError("adapter.targets names the head, which is tied to the embeddings in this model")
 
 
-def load_adapter(model: Model, folder: str) -> Model:
-    """The base with an adapter from a folder, frozen."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-        network = PeftModel.from_pretrained(model.causal, folder, is_trainable=False)
-    return with_adapter(network, model)
+def save_adapter(model: Model, folder: Path, name: str = TRAINED) -> None:
+    """An adapter as others load it, in PEFT's layout; with a start that is subtracted, as one of twice the
+    rank.
 
-
-def adapter_tensors(network: PeftModel, name: str = TRAINED) -> dict[str, Tensor]:
-    """An adapter's tensors by their names in PEFT's files, complete, sharing memory with the model's own."""
-    if name == INITIAL:  # PEFT looks for its trained tokens, too, and it has none
-        return start_tensors(network)
-    return get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False)
-
-
-def save_adapter(model: Model, folder: Path) -> None:
-    """The trained adapter as others load it, in PEFT's layout; with a start that is subtracted, as one of
-    twice the rank.
+    name: PEFT's, of the one that is trained or of another that has the same start.
     """
-    network = _save(model, folder)
+    network = _save(model, folder, name)
     if INITIAL in model.policy_adapters:
-        save_doubled(network, folder, adapter_tensors(network))
+        save_doubled(network, folder, name, adapter_tensors(network, name))
 
 
-def save_for_resuming(model: Model, folder: Path) -> None:
-    """The trained adapter as it is in memory, and beside it what it started from."""
-    network = _save(model, folder)
+def save_for_resuming(model: Model, folder: Path, name: str = TRAINED) -> None:
+    """An adapter as it is in memory, and beside it what it started from."""
+    network = _save(model, folder, name)
     if INITIAL in model.policy_adapters:
-        start = {name: tensor.contiguous() for name, tensor in start_tensors(network).items()}
+        start = {key: tensor.contiguous() for key, tensor in start_tensors(network).items()}
         save_file(start, folder / f"{INITIAL}.safetensors")
 
 
-def _save(model: Model, folder: Path) -> PeftModel:
+def _save(model: Model, folder: Path, name: str) -> PeftModel:
     assert isinstance(model.network, PeftModel)
-    # Without the flag peft asks the hub whether the base's vocabulary was resized.
-    model.network.save_pretrained(str(folder), selected_adapters=[TRAINED], save_embedding_layers=False)
+    if name == TRAINED:
+        # Without the flag peft asks the hub whether the base's vocabulary was resized.
+        model.network.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    else:
+        write_adapter(model.network, name, folder)  # peft would write it one folder deeper
     return model.network

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -48,15 +50,20 @@ def load_base(base: Base, way: Way = "shared") -> PreTrainedModel:
     if base.fused_kernels:
         check_fused_kernels(device)
     dtype = pick_compute_dtype(base, device)
-    config = load_config(base)
+    config = _read_config(base)
     without_noise(config)
+    stored = _stored_quantization(config)
+    if stored is not None:
+        # What it computes in is the recipe's; so is the threshold (see `quantization_config`).
+        name = str(dtype).removeprefix("torch.")
+        config.quantization_config = {**stored, "bnb_4bit_compute_dtype": name, "llm_int8_threshold": 0.0}
     network = _from_pretrained(
         AutoModelForCausalLM,
         base,
         config=config,
         dtype=dtype,
         device_map={"": device},
-        quantization_config=quantization_config(base, dtype),
+        quantization_config=None if stored is not None else quantization_config(base, dtype),
         **({"attn_implementation": BRANCH_ATTENTION} if way == "shared" else {}),
     )
     for parameter in network.parameters():
@@ -73,11 +80,83 @@ def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
 
 
 def load_config(base: Base) -> Any:
-    config = _from_pretrained(AutoConfig, base)
-    if getattr(config, "quantization_config", None) is not None:
-        # Another quantization than the recipe's, or the same twice: neither is what the recipe says.
-        raise ModelError(f"base.model {base.model} is already quantized; give the 16-bit original instead")
+    """The architecture, without what a checkpoint says of its quantization.
+
+    Raises ModelError where it is quantized otherwise than the recipe says.
+    """
+    config = _read_config(base)
+    for part in (config, config.get_text_config()):
+        vars(part).pop("quantization_config", None)
     return config
+
+
+def _read_config(base: Base) -> Any:
+    config = _from_pretrained(AutoConfig, base)
+    stored = _stored_quantization(config)
+    if stored is not None:
+        check_stored(base, stored)
+    return config
+
+
+def _stored_quantization(config: Any) -> dict[str, Any] | None:
+    """What a checkpoint says of its own quantization."""
+    found = getattr(config, "quantization_config", None)
+    found = getattr(config.get_text_config(), "quantization_config", None) if found is None else found
+    return found if found is None or isinstance(found, dict) else found.to_dict()
+
+
+def check_stored(base: Base, stored: Mapping[str, Any]) -> None:
+    """Raise ModelError where a quantized checkpoint isn't bitsandbytes', or isn't what the recipe says."""
+    bits = 4 if stored.get("load_in_4bit") else 8 if stored.get("load_in_8bit") else 0
+    method = str(stored.get("quant_method") or ("bitsandbytes" if bits else "an unknown method"))
+    if method != "bitsandbytes" or not bits:
+        raise ModelError(
+            f"base.model {base.model} is quantized with {method}, which is not trained on here: give a 16-bit"
+            " copy of it (base.quantization quantizes that while it loads), or one quantized by bitsandbytes"
+        )
+    kind = stored.get("bnb_4bit_quant_type", "fp4") if bits == 4 else "int8"
+    double = bool(stored.get("bnb_4bit_use_double_quant", False))
+    if base.quantization != kind:
+        raise ModelError(
+            f"base.model {base.model} is stored as {kind}, which stays as it is: set base.quantization={kind}"
+            f" (it is {base.quantization}), or give a 16-bit copy of it"
+        )
+    if bits == 4 and base.double_quantization != double:
+        raise ModelError(
+            f"base.model {base.model} is stored {'with' if double else 'without'} double quantization: set"
+            f" base.double_quantization={str(double).lower()}, or give a 16-bit copy of it"
+        )
+
+
+def unquantized_bytes(network: PreTrainedModel) -> dict[str, int]:
+    """Bytes of the weights that a quantized base keeps unquantized, by what they are; the largest first.
+
+    Nothing for a base of which nothing is quantized, and norms, biases and the like are left out.
+    """
+    quantized = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+    plain = [module for module in network.modules() if not isinstance(module, quantized)]
+    if len(plain) == len(list(network.modules())):
+        return {}
+    found: dict[int, tuple[str, int]] = {}
+    for module in plain:
+        for weight in (p for p in module._parameters.values() if p is not None and p.ndim > 1):
+            kind = _what(module, weight, network)
+            if found.get(id(weight), (kind,))[0] != kind:
+                kind = "embeddings and head, which are one"
+            found[id(weight)] = (kind, weight.nbytes)
+    sizes: dict[str, int] = {}
+    for kind, size in found.values():
+        sizes[kind] = sizes.get(kind, 0) + size
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
+
+
+def _what(module: nn.Module, weight: Tensor, network: PreTrainedModel) -> str:
+    if module is network.get_output_embeddings():
+        return "head"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    convolution = isinstance(module, (nn.Conv1d, nn.Conv2d))
+    return "experts" if weight.ndim > 2 and not convolution else "other weights"
 
 
 def _from_pretrained(auto: Any, base: Base, **arguments: Any) -> Any:
@@ -85,6 +164,8 @@ def _from_pretrained(auto: Any, base: Base, **arguments: Any) -> Any:
     local = Path(base.model).expanduser()
     if base.model.startswith((".", "/", "~")) and not local.is_dir():
         raise ModelError(f"base.model: there is no folder {base.model}")
+    if local.is_dir() and base.revision is not None:
+        raise ModelError(f"base.revision got {base.revision!r}; a local folder, {base.model}, has none")
     try:
         return auto.from_pretrained(
             str(local) if local.is_dir() else base.model,

@@ -106,10 +106,10 @@ def start_tensors(network: PeftModel) -> dict[str, Tensor]:
     }
 
 
-def save_doubled(network: PeftModel, folder: Path, tensors: dict[str, Tensor]) -> None:
+def save_doubled(network: PeftModel, folder: Path, adapter: str, tensors: dict[str, Tensor]) -> None:
     """Write the adapter less its start as one of twice the rank, which any PEFT loads.
 
-    tensors: the trained adapter's, by their names in PEFT's files.
+    adapter: PEFT's name of it. tensors: its own, by their names in PEFT's files.
     """
     start = start_tensors(network)
     doubled = dict(tensors)
@@ -119,7 +119,7 @@ def save_doubled(network: PeftModel, folder: Path, tensors: dict[str, Tensor]) -
             doubled[name], doubled[up] = factors_of_difference(a, start[name], tensors[up], start[up])
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in doubled.items()}
     save_file(plain, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config: Any = copy.deepcopy(network.peft_config["default"])
+    config: Any = copy.deepcopy(network.peft_config[adapter])
     # s = alpha / r, or alpha / √r, is to stay what it was.
     factor = 2**0.5 if config.use_rslora else 2
     config.r, config.rank_pattern = 2 * config.r, {key: 2 * r for key, r in config.rank_pattern.items()}

@@ -1,17 +1,16 @@
-"""The one base, its adapter, and the roles that it plays."""
+"""The one base, its adapters, and the roles that they play."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,17 +22,22 @@ from lora_dpo.model.copies import compute_as_originals
 from lora_dpo.model.dora import decompose
 from lora_dpo.model.low_rank import add_in_place
 from lora_dpo.model.offload import OffloadedActivations
+from lora_dpo.model.saved import widen_copies
+from lora_dpo.model.switching import OFF, Switch, switches_of
 from lora_dpo.probe import ASSUMED, Verdict
 from lora_dpo.ways import use_attention
 
 
 @dataclass(eq=False)
 class Model:
-    """A causal language model with, or without, an adapter on it.
+    """A causal language model with, or without, adapters on it.
 
     network: what is called. tokenizer: its tokenizer. compute_dtype: what matrix products run in.
     verdict: the way that micro-batches run through it, and why. offloading: what a forward pass saves for the
-    backward pass waits in host memory. policy_adapters: peft's names of what is on in the policy's role.
+    backward pass waits in host memory.
+    policy_adapters, reference_adapters: peft's names of the adapters that are on in that role; where there
+    are none, all are off and the base speaks. starts_as_reference: whether an untrained policy is its
+    reference, to the bit. unquantized: bytes of the base that are not quantized, by what they are.
     """
 
     network: PreTrainedModel | PeftModel
@@ -42,6 +46,9 @@ class Model:
     verdict: Verdict = ASSUMED
     offloading: bool = False
     policy_adapters: tuple[str, ...] = ("default",)
+    reference_adapters: tuple[str, ...] = ()
+    starts_as_reference: bool = True
+    unquantized: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def way(self) -> Way:
@@ -55,6 +62,7 @@ class Model:
 
     @property
     def device(self) -> torch.device:
+        # Not by the head: one with trained tokens makes its whole weight whenever it is asked for.
         return next(self.causal.parameters()).device
 
     @cached_property
@@ -66,6 +74,10 @@ class Model:
     def adapter_layers(self) -> list[Any]:
         """peft's tuner layers: modules that hold a base layer and adapters for it."""
         return [module for module in self.network.modules() if isinstance(module, BaseTunerLayer)]
+
+    @cached_property
+    def switches(self) -> list[Switch]:
+        return switches_of(self.network, self.policy_adapters, self.reference_adapters)
 
     @cached_property
     def checkpointed_layers(self) -> list[GradientCheckpointingLayer]:
@@ -114,49 +126,63 @@ class Model:
 
 
 def with_adapter(network: PeftModel, model: Model, **changes: Any) -> Model:
-    """The model with what peft put on its network, set up to train, in the policy's role.
+    """The model with what peft put on its network, all adapters added, in the policy's role.
 
     changes: fields of the new model. What requires a gradient now is what may ever get one.
     """
     adapted = dataclasses.replace(model, network=network, **changes)
     network.train()
-    narrow = (torch.bfloat16, torch.float16)
-    for parameter in adapted.trainable.values():
-        if parameter.dtype in narrow:
+    widen_copies(network)
+    for parameter in adapted.trainable.values():  # fixed here
+        if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     for layer in adapted.adapter_layers:
         # Autocast makes the products' inputs; peft would keep a float32 copy of each for the backward pass.
-        layer.cast_input_dtype_enabled = model.compute_dtype not in narrow
-        if isinstance(layer, LoraLayer):
-            # Not by peft's set_adapter, which would train all of them.
-            layer._active_adapter = [name for name in adapted.policy_adapters if name in layer.lora_A]
+        layer.cast_input_dtype_enabled = model.compute_dtype not in (torch.bfloat16, torch.float16)
     compute_as_originals(network)
     add_in_place(adapted.adapter_layers)
     decompose(adapted.adapter_layers)
+    _to_policy(adapted)
     return adapted
 
 
-def _set_adapters(model: Model, enabled: bool) -> None:
-    # peft's own switch walks all modules and touches requires_grad: about 40 ms on 224 layers.
-    for layer in model.adapter_layers:
-        layer._disable_adapters = not enabled
+def _to_policy(model: Model) -> None:
+    for switch in model.switches:
+        switch.attributes.update(switch.policy)
 
 
 @contextmanager
 def as_reference(model: Model) -> Iterator[None]:
-    """Adapters off: the frozen base. No gradients; a backward pass must not run inside."""
-    _set_adapters(model, enabled=False)
+    """The frozen reference: its own adapters on, or all off. No gradients; a backward pass must not run
+    inside.
+    """
+    for switch in model.switches:
+        switch.attributes.update(switch.reference)
     try:
         with torch.no_grad():
             yield
     finally:
-        _set_adapters(model, enabled=True)
+        _to_policy(model)
+
+
+@contextmanager
+def as_base(model: Model) -> Iterator[None]:
+    """All adapters off, whatever the reference is. No gradients."""
+    for switch in model.switches:
+        switch.attributes.update(OFF)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _to_policy(model)
 
 
 @contextmanager
 def as_policy(model: Model) -> Iterator[None]:
-    """Adapters on. This is how a model is outside of `as_reference`; the context says so where it matters."""
-    _set_adapters(model, enabled=True)
+    """The policy's adapters on. This is how a model is outside of `as_reference`; the context says so where
+    it matters.
+    """
+    _to_policy(model)
     yield
 
 

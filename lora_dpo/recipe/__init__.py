@@ -1,13 +1,14 @@
 """Typed configuration: one schema and one parser for scripts, YAML and the command line."""
 
 from lora_dpo.recipe.files import from_dict, keys_of, load_recipe, override, pinned, to_dict, to_yaml
-from lora_dpo.recipe.schema import Adapter, Base, Data, Recipe, Source, Training
+from lora_dpo.recipe.schema import Adapter, Base, Data, Recipe, Reference, Source, Training
 
 __all__ = [
     "Adapter",
     "Base",
     "Data",
     "Recipe",
+    "Reference",
     "Source",
     "Training",
     "from_dict",

@@ -255,5 +255,10 @@ ELSEWHERE = {
     "load_in_4bit": "base.quantization",
     "dataset_name": "data.train",
     "loss_type": "loss",
+    "ref_adapter_name": "reference.adapter",
+    "ref_model": "reference.adapter",
+    "sync_ref_model": "reference.sync_every",
+    "ref_model_sync_steps": "reference.sync_every",
+    "ref_model_mixup_alpha": "reference.sync_alpha",
 }
 """Names that other trainers use, and where the same thing is set here."""

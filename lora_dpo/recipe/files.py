@@ -97,7 +97,13 @@ def pinned(recipe: Recipe) -> Recipe:
     if template is not None and os.path.isfile(os.path.expanduser(template)):
         template = Path(template).expanduser().read_text(encoding="utf-8")
     data = replace(data, train=_absolute(data.train), eval=_absolute(data.eval), chat_template=template)
-    return replace(recipe, base=replace(recipe.base, model=_absolute(recipe.base.model)), data=data)
+    return replace(
+        recipe,
+        base=replace(recipe.base, model=_absolute(recipe.base.model)),
+        data=data,
+        adapter=replace(recipe.adapter, start_from=_absolute(recipe.adapter.start_from)),
+        reference=replace(recipe.reference, adapter=_absolute(recipe.reference.adapter)),
+    )
 
 
 def _absolute(value: Any) -> Any:

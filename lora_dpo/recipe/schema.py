@@ -49,7 +49,8 @@ class Base(Section):
     """The frozen model underneath.
 
     model: a hub id or a local folder. revision: a branch, tag or commit of the hub id.
-    quantization: how the linear layers are stored. double_quantization: quantize the 4-bit scales too.
+    quantization: how the linear layers are stored. double_quantization: quantize the 4-bit scales too. A
+    checkpoint that bitsandbytes quantized before is loaded as it is, and both must be what it has.
     compute_dtype: what matrix products run in; "auto" is bfloat16 where the device has it, else float16 on a
     card and float32 on a CPU.
     device: "auto" takes CUDA where there is one, else the CPU.
@@ -97,6 +98,9 @@ class Adapter(Section):
     modules_to_save: names of whole modules that are trained in full, in float32, such as lm_head.
     expert_targets: parameters that hold all experts of a layer, such as mlp.experts.gate_up_proj; each expert
     gets a low-rank product.
+    start_from: the folder of an adapter to train further, in PEFT's layout, or of the run that made it. What
+    the adapter is (rank, alpha, targets, trained tokens, saved modules) is then read from there, and the keys
+    here that say so are left out; dropout stays the recipe's. `Reference` says what it is compared with.
     """
 
     section: ClassVar[str] = "adapter"
@@ -114,6 +118,7 @@ class Adapter(Section):
     trained_tokens: tuple[Token, ...] = ()
     modules_to_save: tuple[str, ...] = ()
     expert_targets: tuple[str, ...] = ()
+    start_from: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -144,6 +149,59 @@ class Adapter(Section):
                 "adapter.layers does not choose among adapter.expert_targets; name the layers there, such as"
                 " layers.0.mlp.experts.gate_up_proj"
             )
+
+
+@dataclass(frozen=True)
+class Reference(Section):
+    """What the policy is compared with. An objective that needs no reference loads none.
+
+    kind: "base" is the base with all adapters off; "start" the adapter that training starts from
+    (adapter.start_from), frozen; "adapter" another one, from the folder that `adapter` names; "auto" is the
+    adapter where one is named, else the start where there is one, else the base.
+    sync_every: every so many steps the reference becomes the policy as it is then (TR-DPO's hard update,
+    Gorbatovski et al. 2024, arXiv:2404.09656). sync_alpha: TR-DPO's α; only 1, the hard update, is exact.
+    """
+
+    section: ClassVar[str] = "reference"
+    kind: Literal["auto", "base", "start", "adapter"] = "auto"
+    adapter: str | None = None
+    sync_every: Count | None = None
+    sync_alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind == "adapter" and not self.adapter:
+            raise RecipeError("reference.kind=adapter needs reference.adapter, the folder of the adapter")
+        if self.adapter and self.kind not in ("auto", "adapter"):
+            raise RecipeError(
+                f"reference.adapter and reference.kind={self.kind} name different references: keep one"
+            )
+        if self.sync_alpha != 1:
+            raise RecipeError(
+                f"reference.sync_alpha got {self.sync_alpha:g}; it takes 1, the hard update. The average of"
+                " two adapters' factors, αB + (1−α)B_ref and αA + (1−α)A_ref, is not the average of their"
+                " products B·A: it would not be TR-DPO's soft update. Use the hard one, reference.sync_every"
+            )
+        if self.adapter and self.sync_every:
+            raise RecipeError(
+                "reference.sync_every copies the policy into a reference of the same shape, which"
+                " reference.adapter need not be: start from it (adapter.start_from), or leave one of them out"
+            )
+
+    def of(self, start_from: str | None) -> Literal["base", "start", "adapter"]:
+        """The kind, or what "auto" stands for, given adapter.start_from. RecipeError if they don't fit."""
+        if self.kind == "auto":
+            return "adapter" if self.adapter else "start" if start_from else "base"
+        if self.kind == "start" and not start_from:
+            raise RecipeError(
+                "reference.kind=start needs adapter.start_from: a fresh adapter starts as the base"
+            )
+        if self.kind == "base" and start_from and self.sync_every:
+            raise RecipeError(
+                "reference.sync_every needs a reference that has the policy's shape from the start, and"
+                " reference.kind=base has none beside adapter.start_from: leave reference.kind out"
+            )
+        return self.kind
 
 
 @dataclass(frozen=True)
@@ -283,5 +341,10 @@ class Recipe(Section):
     data: Data
     loss: AnObjective = field(default_factory=DPO)
     adapter: Adapter = field(default_factory=Adapter)
+    reference: Reference = field(default_factory=Reference)
     training: Training = field(default_factory=Training)
     run_directory: str = "runs/latest"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.reference.of(self.adapter.start_from)

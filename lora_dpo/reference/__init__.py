@@ -2,13 +2,20 @@
 
 from lora_dpo.reference.cache import ReferenceCache
 from lora_dpo.reference.fresh import reference_logprobs
-from lora_dpo.reference.identity import BASE, adapter_fingerprint, base_fingerprint, reference_identity
+from lora_dpo.reference.identity import (
+    BASE,
+    adapter_fingerprint,
+    base_fingerprint,
+    reference_fingerprint,
+    reference_identity,
+)
 
 __all__ = [
     "BASE",
     "ReferenceCache",
     "adapter_fingerprint",
     "base_fingerprint",
+    "reference_fingerprint",
     "reference_identity",
     "reference_logprobs",
 ]

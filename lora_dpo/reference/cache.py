@@ -18,7 +18,7 @@ from lora_dpo.batching import MicroBatch, sent
 from lora_dpo.model import Model
 from lora_dpo.reference.database import Database, open_database
 from lora_dpo.reference.fresh import reference_logprobs
-from lora_dpo.reference.identity import BASE, reference_identity
+from lora_dpo.reference.identity import reference_fingerprint, reference_identity
 from lora_dpo.run_directory import cache_folder
 
 
@@ -60,13 +60,14 @@ class ReferenceCache:
 
     @classmethod
     def open(
-        cls, model: Model, *, reference: str = BASE, say: Callable[[str], None] = lambda line: None
+        cls, model: Model, *, reference: str | None = None, say: Callable[[str], None] = lambda line: None
     ) -> ReferenceCache:
-        """The cache of this model's reference, in the user's cache folder (see `cache_folder`).
+        """The cache of this model's reference as it is now, in the user's cache folder (see `cache_folder`).
 
-        Hashes the base's weights as they lie in memory: seconds for gigabytes.
+        reference: its fingerprint, where it is known. Hashes the base's weights as they lie in memory:
+        seconds for gigabytes.
         """
-        identity = reference_identity(model, reference)
+        identity = reference_identity(model, reference or reference_fingerprint(model))
         return cls(reference_folder() / f"{identity}.sqlite", identity, dtype=model.compute_dtype, say=say)
 
     @property

@@ -10,6 +10,6 @@ from lora_dpo.model import Model, as_reference
 
 
 def reference_logprobs(model: Model, batch: MicroBatch) -> Tensor:
-    """log ref(target) of each score row, float32 [S], without gradient: the base with its adapters off."""
+    """log ref(target) of each score row, float32 [S], without gradient; by the base, or an adapter on it."""
     with as_reference(model):
         return token_logprobs(model, batch)

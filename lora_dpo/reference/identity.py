@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 import xxhash
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lora_dpo.model import Model
+from lora_dpo.model import Model, adapter_tensors
 
 BASE = "base"
 """The reference fingerprint of the base with its adapters off."""
@@ -71,6 +72,22 @@ def reference_identity(model: Model, reference: str = BASE) -> str:
         "reference": reference,
     }
     return xxhash.xxh3_128_hexdigest(_canonical(facts))
+
+
+def reference_fingerprint(model: Model) -> str:
+    """Who speaks as this model's reference now: `BASE`, or a hash of the adapters that are on then."""
+    if not model.reference_adapters:
+        return BASE
+    network = model.network
+    assert isinstance(network, PeftModel)
+    usual = LoraConfig().to_dict()
+    prints = []
+    for name in model.reference_adapters:
+        config = network.peft_config[name].to_dict()
+        # What is at its default is left out: a key that a later peft adds makes it no other adapter.
+        told = {key: value for key, value in config.items() if value != usual.get(key)}
+        prints.append(adapter_fingerprint(adapter_tensors(network, name), told))
+    return prints[0] if len(prints) == 1 else xxhash.xxh3_128_hexdigest(_canonical(prints))
 
 
 def base_fingerprint(model: Model) -> str:

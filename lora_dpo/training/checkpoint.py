@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dpo.errors import RunError
-from lora_dpo.model import INITIAL, Model, adapter_tensors, save_for_resuming
+from lora_dpo.model import INITIAL, POLICY, REFERENCE, Model, adapter_tensors, save_for_resuming
+from lora_dpo.reference import BASE
 from lora_dpo.run_directory import write_folder, write_text
 from lora_dpo.tokenization import Branches
 from lora_dpo.training.optimizer import optimizer_state, restore_optimizer
@@ -23,7 +24,11 @@ from lora_dpo.training.optimizer import optimizer_state, restore_optimizer
 
 @dataclass
 class TrainingState:
-    """The counters of a run. step: optimizer steps done. best: the best metric so far, and at which step."""
+    """The counters of a run. step: optimizer steps done. best: the best metric so far, and at which step.
+
+    reference: the fingerprint of what was the reference when the run began. synced_at: the step after which
+    the policy last became the reference; 0 where it never did.
+    """
 
     step: int = 0
     tokens_per_microbatch: int = 0
@@ -34,6 +39,8 @@ class TrainingState:
     loss_scale_growth: int = 0
     skipped_in_a_row: int = 0
     data: str = ""
+    reference: str = BASE
+    synced_at: int = 0
 
 
 def save_checkpoint(
@@ -44,6 +51,8 @@ def save_checkpoint(
 
     def fill(part: Path) -> None:
         save_for_resuming(model, part / "adapter")
+        if state.synced_at:
+            save_for_resuming(model, part / "reference", REFERENCE)
         save_file(tensors, part / "optimizer.safetensors")
         write_text(part / "optimizer.json", json.dumps(numbers))
         write_text(part / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
@@ -58,18 +67,25 @@ def read_state(folder: Path) -> TrainingState:
 def restore_checkpoint(folder: Path, model: Model, optimizer: torch.optim.Optimizer) -> TrainingState:
     """Put adapter and optimizer back as they were saved; returns the counters."""
     restore_adapter(folder / "adapter", model)
+    restore_reference(folder, model)
     tensors = load_file(folder / "optimizer.safetensors")
     numbers = json.loads((folder / "optimizer.json").read_text(encoding="utf-8"))
     restore_optimizer(optimizer, model.trainable, tensors, numbers)
     return read_state(folder)
 
 
-def restore_adapter(folder: Path, model: Model) -> None:
-    """Copy the adapter of a checkpoint into the model's, and what it started from. Raises RunError where the
+def restore_reference(folder: Path, model: Model) -> None:
+    """Put the reference back as it was at a checkpoint, where it had been synchronised by then."""
+    if (folder / "reference").is_dir():
+        restore_adapter(folder / "reference", model, REFERENCE)
+
+
+def restore_adapter(folder: Path, model: Model, name: str = POLICY) -> None:
+    """Copy an adapter of a checkpoint into the model's, and what it started from. Raises RunError where the
     tensors differ.
     """
     assert isinstance(model.network, PeftModel)
-    _restore(folder / "adapter_model.safetensors", adapter_tensors(model.network))
+    _restore(folder / "adapter_model.safetensors", adapter_tensors(model.network, name))
     if INITIAL in model.policy_adapters:
         _restore(folder / f"{INITIAL}.safetensors", adapter_tensors(model.network, INITIAL))
 
@@ -80,8 +96,8 @@ def _restore(file: Path, own: dict[str, Tensor]) -> None:
         odd = sorted(saved.keys() ^ own.keys())[0]
         raise RunError(f"{file} is another adapter than the recipe's: {odd} is only in one of them")
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
+        for key, tensor in own.items():
+            tensor.copy_(saved[key])
 
 
 def data_fingerprint(branches: Sequence[Branches]) -> str:

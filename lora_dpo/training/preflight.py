@@ -20,7 +20,7 @@ from lora_dpo.evaluation import batch_logprobs
 from lora_dpo.logprobs import vocabulary
 from lora_dpo.losses import Objective
 from lora_dpo.model import Model, as_reference, generating, without_dropout
-from lora_dpo.reference import ReferenceCache, reference_logprobs
+from lora_dpo.reference import BASE, ReferenceCache, reference_fingerprint, reference_logprobs
 from lora_dpo.tokenization import Branches
 from lora_dpo.ways import has_experts
 
@@ -55,7 +55,7 @@ def preflight(
         with without_dropout(model):
             _check_runs(model, batch)
             if fresh_adapter and objective.needs_reference:
-                say(_check_start(model, objective, batch))
+                say((_check_start if model.starts_as_reference else _say_start)(model, objective, batch))
             say(_check_packing(model, longest))
             say(_check_isolation(model, few))
             if fresh_adapter:
@@ -92,10 +92,20 @@ def _check_start(model: Model, objective: Objective, batch: MicroBatch) -> str:
     if ratio != 0.0:
         raise PreflightError(
             f"the untrained policy differs from its reference by {ratio:.3g} nats on one pair, where it must"
-            " be exactly 0: the base does not give the same result twice, or the adapter is not fresh"
+            " be exactly 0: the base does not give the same result twice, or the adapter is not fresh (name"
+            " one that was trained before in adapter.start_from: it is then its own reference)"
         )
     loss = objective(logprobs).per_example.mean().item()
     return f"policy = reference at the start: every log-ratio is exactly 0, loss {loss:.6f}"
+
+
+def _say_start(model: Model, objective: Objective, batch: MicroBatch) -> str:
+    """Where the policy starts from one adapter and is compared with another, or with the base."""
+    ratio = batch_logprobs(model, objective, batch).log_ratio.abs().mean().item()
+    return (
+        f"policy and reference differ from the start, as the recipe has it: log-ratios are {ratio:.3g} nats"
+        " on average, and that they be 0 is not checked"
+    )
 
 
 def _check_packing(model: Model, item: Branches) -> str:
@@ -170,7 +180,7 @@ def _check_gradients(model: Model, objective: Objective, batch: MicroBatch) -> s
         loss = objective(batch_logprobs(model, objective, batch))
         loss.per_example.sum().backward()
         if not torch.equal(before, reference_logprobs(model, batch)):
-            raise PreflightError("adapters off is not the base: changing the adapter changed the reference")
+            raise PreflightError("the reference is not frozen: changing the policy's adapter changed it")
     dead = [
         name
         for name, p in model.trainable.items()
@@ -216,7 +226,9 @@ def _check_cache(model: Model, cache: ReferenceCache, branches: Sequence[Branche
     """A few of the kept log-probs are what the reference says now, to rounding; else none of them is kept."""
     known = cache.known(item.key for item in branches)
     found = [item for item in branches if item.key in known]
-    share = f"reference base, {len(found):,} of {len(branches):,} examples already in the cache"
+    fingerprint = reference_fingerprint(model)
+    who = fingerprint if fingerprint == BASE else f"adapter {fingerprint[:8]}"
+    share = f"reference {who}, {len(found):,} of {len(branches):,} examples already in the cache"
     few = sorted(found, key=lambda item: item.tokens)[:4]
     if not few:
         return f"{share} ({cache.file})"

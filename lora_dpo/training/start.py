@@ -68,7 +68,8 @@ def _train(
         raise RecipeError("training.eval_every needs held-out rows: data.eval, eval_fraction or eval_last")
     check_positions(recipe, data)
     started = time.monotonic()
-    model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed)
+    reference = recipe.reference if recipe.loss.needs_reference else None
+    model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed, reference=reference)
     if recipe.adapter.init == "eva":
         budget, seed = recipe.training.tokens_per_microbatch, recipe.training.seed
         count = start_from_data(model, data.train, tokens_per_microbatch=budget, seed=seed)
@@ -78,6 +79,9 @@ def _train(
     display.say(
         f"base: {recipe.base.model}, {describe_model(model, recipe)}, {time.monotonic() - started:.1f}s"
     )
+    for line in describe_kept(model), describe_reference(recipe):
+        if line:
+            display.say(line)
     with reference_cache(recipe, model, display) as cache:
         trainer = Trainer(recipe, run, model, data, accelerator, display, observers, cache)
         if resume:
@@ -96,8 +100,12 @@ def reference_cache(
 ) -> AbstractContextManager[ReferenceCache | None]:
     """The open cache of this model's reference; None where the recipe wants none, or no loss term needs a
     reference.
+
+    None too where the reference is synchronised: each of them speaks for some steps only, so that hardly a
+    pair is met twice by the same, and a cache that is not there can't be stale.
     """
-    if not (recipe.training.reference_cache and recipe.loss.needs_reference):
+    wanted = recipe.training.reference_cache and not recipe.reference.sync_every
+    if not (wanted and recipe.loss.needs_reference):
         return nullcontext()
     return ReferenceCache.open(model, say=display.say)
 
@@ -157,6 +165,38 @@ def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
     if differ:
         changes = ", ".join(f"{k}: {then.get(k)} → {now.get(k)}" for k in sorted(differ))
         raise RunError(f"--resume: the recipe is not the one that {run.path} began with ({changes})")
+
+
+def describe_kept(model: Model) -> str:
+    """What of a quantized base is not quantized, with its size; nothing for one that isn't quantized."""
+    parts = [f"{kind} {size / 2**20:,.1f} MiB" for kind, size in model.unquantized.items()]
+    return f"kept unquantized: {', '.join(parts)}" if parts else ""
+
+
+def describe_reference(recipe: Recipe) -> str:
+    """Who the reference is, where that isn't simply the base of a fresh adapter."""
+    start, reference = recipe.adapter.start_from, recipe.reference
+    begun = f"training goes on from the adapter in {start}" if start else ""
+    if not recipe.loss.needs_reference:
+        return begun
+    kind = reference.of(start)
+    who = {
+        "base": "the base",
+        "start": "that adapter, frozen",
+        "adapter": f"the adapter in {reference.adapter}",
+    }[kind]
+    if kind == "base" and start:
+        return (
+            f"note: {begun}, and the reference is the bare base (reference.kind=base): what that adapter has"
+            " learned counts as a departure from it"
+        )
+    if reference.sync_every:
+        who = (
+            f"{who}, and after every {reference.sync_every} steps the policy as it is then; not kept on disk"
+        )
+    elif kind == "base":
+        return ""
+    return f"{begun}; reference: {who}" if begun else f"reference: {who}"
 
 
 def describe_model(model: Model, recipe: Recipe) -> str:

@@ -19,15 +19,16 @@ from accelerate.utils import broadcast_object_list
 from lora_dpo.batching import StepSampler
 from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
-from lora_dpo.model import Model, save_adapter
+from lora_dpo.model import REFERENCE, Model, save_adapter, sync_reference
 from lora_dpo.recipe import Recipe, to_dict
-from lora_dpo.reference import ReferenceCache
+from lora_dpo.reference import ReferenceCache, reference_fingerprint
 from lora_dpo.run_directory import RunDirectory, damage, write_folder
 from lora_dpo.training.checkpoint import (
     TrainingState,
     data_fingerprint,
     restore_adapter,
     restore_checkpoint,
+    restore_reference,
     save_checkpoint,
 )
 from lora_dpo.training.data import TrainingData
@@ -85,7 +86,9 @@ class Trainer:
         steps = self.sampler.steps(self.training.epochs)
         self.steps = min(steps, self.training.max_steps or steps)
         self.state = TrainingState(
-            tokens_per_microbatch=self.training.tokens_per_microbatch, data=data_fingerprint(data.train)
+            tokens_per_microbatch=self.training.tokens_per_microbatch,
+            data=data_fingerprint(data.train),
+            reference=reference_fingerprint(model),
         )
         self.observers = [metrics_file(run), display.observe, *observers]
         if self.training.trackers:
@@ -96,7 +99,9 @@ class Trainer:
         self._started = (0, 0.0)
 
     def resume(self) -> None:
-        """Take up the newest checkpoint that verifies. Raises RunError if the data changed since."""
+        """Take up the newest checkpoint that verifies. Raises RunError if the data or the reference changed
+        since.
+        """
         for folder in reversed(self.run_directory.checkpoints()):
             wrong = damage(folder)
             if wrong:
@@ -105,6 +110,8 @@ class Trainer:
             state = restore_checkpoint(folder, self.model, self.optimizer)
             if state.data != self.state.data:
                 raise RunError("--resume: the training data are not those that the run began with")
+            if state.reference != self.state.reference:
+                raise RunError(f"--resume: {changed_reference(self.recipe)}")
             # A smaller budget in the recipe counts, and so does one that was halved for want of memory.
             state.tokens_per_microbatch = min(state.tokens_per_microbatch, self.state.tokens_per_microbatch)
             self.state = state
@@ -177,7 +184,15 @@ class Trainer:
         if self.cache is not None:
             self.cache.commit()
         self.state.step += 1
+        self._sync_reference()
         return metrics | self._speed(metrics["tokens"], examples, began)
+
+    def _sync_reference(self) -> None:
+        """Every reference.sync_every steps the reference becomes the policy. No cache is open then."""
+        every = self.recipe.reference.sync_every
+        if every and self.objective.needs_reference and self.state.step % every == 0:
+            sync_reference(self.model)
+            self.state.synced_at = self.state.step
 
     def _update(self) -> float:
         """Add up the processes' gradients, clip, step the optimizer; returns the norm before clipping.
@@ -306,10 +321,14 @@ class Trainer:
         run, chosen = self.run_directory, self.state.best_step or self.state.step
         if chosen != self.state.step:
             restore_adapter(run.checkpoint_folder(chosen) / "adapter", self.model)
+            restore_reference(run.checkpoint_folder(chosen), self.model)
             self.display.say(
                 f"the best {self.training.best_metric} was at step {chosen}: that adapter is kept"
             )
         if self.accelerator.is_main_process:
+            if self.model.reference_adapters:
+                # With it the run is complete: what it started from may be moved or deleted.
+                write_folder(run.reference_folder, lambda part: save_adapter(self.model, part, REFERENCE))
             write_folder(run.adapter_folder, lambda part: self._fill_adapter(part))
         self.accelerator.wait_for_everyone()
         if self.training.trackers:
@@ -342,6 +361,16 @@ class Trainer:
         finally:
             for number, handler in zip(numbers, before, strict=True):
                 signal.signal(number, handler)
+
+
+def changed_reference(recipe: Recipe) -> str:
+    """What to tell whoever resumes a run on another reference than it began with."""
+    folder = recipe.reference.adapter or recipe.adapter.start_from
+    return (
+        "the reference is not the one that the run began with"
+        + (f": the adapter in {folder} was changed since" if folder else "")
+        + ". Put it back, or begin a new run"
+    )
 
 
 def peak_memory_gib(device: torch.device) -> float:

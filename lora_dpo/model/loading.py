@@ -1,0 +1,113 @@
+"""A model from a recipe: the base, the policy's adapter, and the adapter that speaks as its reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from lora_dpo.errors import ModelError
+from lora_dpo.model.adapters import add_adapter
+from lora_dpo.model.base import load_base, load_tokenizer, unquantized_bytes, verdict_on
+from lora_dpo.model.roles import Model, with_adapter
+from lora_dpo.model.saved import (
+    SavedAdapter,
+    adapter_tensors,
+    check_left_out,
+    in_memory,
+    put_on,
+    read_adapter,
+)
+from lora_dpo.recipe import Adapter, Base, Reference
+
+POLICY, REFERENCE = "default", "reference"
+"""peft's names of the adapter that is trained and of the frozen one."""
+
+AUTO = Reference()
+
+
+def load_model(
+    base: Base, adapter: Adapter | None = None, *, seed: int = 0, reference: Reference | None = AUTO
+) -> Model:
+    """The base, with an adapter to train where one is given, and with its reference.
+
+    A fresh adapter's initial values are a function of the seed. reference: None loads none, for an objective
+    that needs none. Raises ModelError or RecipeError where something can't be had.
+    """
+    tokenizer = load_tokenizer(base)
+    verdict = verdict_on(base)
+    network = load_base(base, verdict.way)
+    model = Model(network, tokenizer, network.dtype, verdict, unquantized=unquantized_bytes(network))
+    if adapter is None:
+        return model
+    started = adapter.start_from is not None
+    model = _start_from(model, adapter) if started else add_adapter(model, adapter, seed=seed)
+    return model if reference is None else _with_reference(model, adapter, reference)
+
+
+def load_adapter(model: Model, folder: str, *, reference: str | None = None) -> Model:
+    """A base with a finished adapter from a folder, frozen; and with another one as its reference."""
+    model = _put(model, read_adapter(folder, "the adapter"), POLICY)
+    if reference is None:
+        return model
+    return _put(model, read_adapter(reference, "the reference"), REFERENCE, reference_adapters=(REFERENCE,))
+
+
+def _start_from(model: Model, adapter: Adapter) -> Model:
+    """The policy is the adapter of a folder, complete, in float32; its dropout is the recipe's."""
+    assert adapter.start_from is not None
+    saved = read_adapter(adapter.start_from, "adapter.start_from")
+    check_left_out(adapter, saved)
+    return _put(model, saved, POLICY, trainable=True, dropout=adapter.dropout)
+
+
+def _with_reference(model: Model, adapter: Adapter, reference: Reference) -> Model:
+    kind = reference.of(adapter.start_from)
+    if kind == "adapter":
+        assert reference.adapter is not None
+        saved, names = read_adapter(reference.adapter, "reference.adapter"), (REFERENCE,)
+        return _put(model, saved, REFERENCE, reference_adapters=names, starts_as_reference=False)
+    if kind == "base" and not reference.sync_every:
+        return dataclasses.replace(model, starts_as_reference=adapter.start_from is None)
+    # A copy of the policy as it starts, with what else the policy has on. To be synchronised, the reference
+    # of a fresh adapter is one too: at first it adds nothing, as the policy does.
+    assert isinstance(model.network, PeftModel)
+    names = tuple(REFERENCE if name == POLICY else name for name in model.policy_adapters)
+    return _put(model, in_memory(model.network, POLICY), REFERENCE, reference_adapters=names)
+
+
+def _put(
+    model: Model,
+    saved: SavedAdapter,
+    name: str,
+    *,
+    trainable: bool = False,
+    dropout: float = 0.0,
+    **changes: Any,
+) -> Model:
+    """The model with an adapter more. changes: fields of the new model."""
+    network = put_on(
+        model.network,
+        saved,
+        name,
+        compute_dtype=model.compute_dtype,
+        trainable=trainable,
+        dropout=dropout,
+    )
+    return with_adapter(network, model, **changes)
+
+
+def sync_reference(model: Model) -> None:
+    """The reference becomes the policy as it is now: θ_ref ← θ, in place, to the bit.
+
+    The hard update of TR-DPO (Gorbatovski et al. 2024, arXiv:2404.09656). Raises ModelError where the
+    reference is the base.
+    """
+    if REFERENCE not in model.reference_adapters or not isinstance(model.network, PeftModel):
+        raise ModelError("the base is never written to: a reference that is synchronised has its own adapter")
+    policy, reference = (adapter_tensors(model.network, name) for name in (POLICY, REFERENCE))
+    with torch.no_grad():
+        for name, tensor in reference.items():
+            tensor.copy_(policy[name])

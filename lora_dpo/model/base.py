@@ -27,6 +27,8 @@ from lora_dpo.model.fused import check_fused_kernels, fuse_kernels
 from lora_dpo.probe import Verdict, probe, without_noise
 from lora_dpo.recipe import Base
 
+QUANTIZED = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
+
 if not sys.stderr.isatty():
     hf_logging.disable_progress_bar()  # in a log file its redrawn bars are noise
 
@@ -66,6 +68,8 @@ def load_base(base: Base, way: Way = "shared") -> PreTrainedModel:
         quantization_config=None if stored is not None else quantization_config(base, dtype),
         **({"attn_implementation": BRANCH_ATTENTION} if way == "shared" else {}),
     )
+    if stored is not None:
+        _compute_in(network, dtype)
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     network.train()
@@ -128,13 +132,27 @@ def check_stored(base: Base, stored: Mapping[str, Any]) -> None:
         )
 
 
+def _compute_in(network: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give what a quantized checkpoint keeps unquantized the recipe's dtype, and the rest that one's output.
+
+    transformers leaves both as they were saved. The quantized bytes stay.
+    """
+    for module in network.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None or (isinstance(module, QUANTIZED) and name == "weight"):
+                state = getattr(parameter, "quant_state", None)
+                if state is not None:
+                    state.dtype = dtype
+            elif parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+
+
 def unquantized_bytes(network: PreTrainedModel) -> dict[str, int]:
     """Bytes of the weights that a quantized base keeps unquantized, by what they are; the largest first.
 
     Nothing for a base of which nothing is quantized, and norms, biases and the like are left out.
     """
-    quantized = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    plain = [module for module in network.modules() if not isinstance(module, quantized)]
+    plain = [module for module in network.modules() if not isinstance(module, QUANTIZED)]
     if len(plain) == len(list(network.modules())):
         return {}
     found: dict[int, tuple[str, int]] = {}

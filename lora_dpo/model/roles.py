@@ -22,7 +22,7 @@ from lora_dpo.model.copies import compute_as_originals
 from lora_dpo.model.dora import decompose
 from lora_dpo.model.low_rank import add_in_place
 from lora_dpo.model.offload import OffloadedActivations
-from lora_dpo.model.saved import widen_copies
+from lora_dpo.model.saved import ask_for_own_tokens, widen_copies
 from lora_dpo.model.switching import OFF, Switch, switches_of
 from lora_dpo.probe import ASSUMED, Verdict
 from lora_dpo.ways import use_attention
@@ -133,6 +133,7 @@ def with_adapter(network: PeftModel, model: Model, **changes: Any) -> Model:
     adapted = dataclasses.replace(model, network=network, **changes)
     network.train()
     widen_copies(network)
+    ask_for_own_tokens(network)
     for parameter in adapted.trainable.values():  # fixed here
         if parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()

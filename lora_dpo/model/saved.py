@@ -15,10 +15,11 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
+import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,8 +27,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.errors import ModelError, RecipeError
-from lora_dpo.model.initial import start_tensors
-from lora_dpo.model.low_rank import INITIAL
 from lora_dpo.recipe import Adapter
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -167,6 +166,9 @@ def put_on(
 
     Raises ModelError where adapter and base don't fit, or some tensor finds no place.
     """
+    if saved.config.use_dora and isinstance(network, PeftModel) and _in_int8(network):
+        # peft dequantizes the weight for DoRA's magnitudes, and the second time loses its scales.
+        raise _does_not_fit(saved, "DoRA beside another adapter needs base.quantization=nf4, fp4 or none")
     config = copy.deepcopy(saved.config)
     config.inference_mode = not trainable
     config.lora_dropout = dropout
@@ -182,6 +184,7 @@ def put_on(
         raise _does_not_fit(saved, str(error)) from error
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
+    ask_for_own_tokens(adapted)
     new = parameters_of(adapted, name)
     widen_copies(adapted)
     for parameter in new.values():
@@ -190,6 +193,10 @@ def put_on(
         parameter.requires_grad_(trainable)
     _fill(adapted, saved, name, new)
     return adapted
+
+
+def _in_int8(network: nn.Module) -> bool:
+    return any(isinstance(module, bnb.nn.Linear8bitLt) for module in network.modules())
 
 
 def parameters_of(network: PeftModel, name: str) -> dict[str, nn.Parameter]:
@@ -244,8 +251,6 @@ def _does_not_fit(saved: SavedAdapter, reason: str) -> ModelError:
 
 def adapter_tensors(network: PeftModel, name: str) -> dict[str, Tensor]:
     """An adapter's tensors by their names on disk, sharing memory with the model's own."""
-    if name == INITIAL:  # peft would look for its trained tokens, too, and it has none
-        return start_tensors(network)
     return get_peft_model_state_dict(network, adapter_name=name, save_embedding_layers=False)
 
 
@@ -263,6 +268,29 @@ def write_adapter(network: PeftModel, name: str, folder: Path) -> None:
     config = copy.copy(network.peft_config[name])
     config.inference_mode = True
     config.save_pretrained(str(folder))
+
+
+def ask_for_own_tokens(network: PeftModel) -> None:
+    """Let modules with trained tokens answer for the adapters that have some there.
+
+    peft asks each of them for the tokens of every adapter, and fails where one has none.
+    """
+    for module in network.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            for method in ("adapter_state_dict", "adapter_state_dict_load_map"):
+                setattr(module, method, _OwnTokens(module, method))
+
+
+class _OwnTokens:
+    """A method of peft's wrapper, for the adapters that it holds; nothing for the others."""
+
+    def __init__(self, wrapper: Any, method: str):
+        self.wrapper, self.method = wrapper, method
+
+    def __call__(self, adapter_name: str, *arguments: Any) -> dict[str, Any]:
+        if adapter_name not in self.wrapper._get_available_adapters():
+            return {}
+        return getattr(type(self.wrapper), self.method)(self.wrapper, adapter_name, *arguments)
 
 
 def widen_copies(network: PeftModel) -> None:

@@ -27,13 +27,13 @@ from builders import (
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, GPT2Config, Qwen3MoeConfig
 
 from lora_dpo.attention import NAME
 from lora_dpo.batching import MicroBatch, collate
 from lora_dpo.errors import ModelError, RecipeError, RunError
 from lora_dpo.evaluation import batch_logprobs
-from lora_dpo.export import merged_network, merged_weight
+from lora_dpo.export import _merged_tensors, merged_network, merged_weight
 from lora_dpo.finished import evaluate_run, open_finished
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.losses import DPO
@@ -229,10 +229,12 @@ def test_dropout_is_off_at_evaluation_and_nothing_at_the_start(small_model: Path
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
-@pytest.mark.parametrize("kind", ["pissa", "olora", "pissa-rslora", "olora-ranks"])
-def test_the_exported_adapter_of_twice_the_rank_loads_in_plain_peft(
-    small_model: Path, tmp_path: Path, kind: str
-):
+@pytest.mark.parametrize(
+    ("kind", "rank"),
+    [("pissa", 8), ("olora", 8), ("pissa-rslora", 8), ("olora-ranks", 8), ("dora", 4), ("saved-head", 4)],
+)
+def test_an_exported_adapter_loads_in_plain_peft(small_model: Path, tmp_path: Path, kind: str, rank: int):
+    """One whose start is subtracted has twice the rank; the logits are those that it had here."""
     base = base_of(small_model, "float32")
     model = load_model(base, kind_of(kind))
     steps(model, 4)
@@ -241,7 +243,7 @@ def test_the_exported_adapter_of_twice_the_rank_loads_in_plain_peft(
     start = plain(torch.arange(40)[None]).logits.detach()
     loaded = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))
     layer: Any = loaded.get_submodule("base_model.model.model.layers.0.mlp.down_proj")
-    assert layer.r["default"] == 8
+    assert layer.r["default"] == rank
     model.causal.set_attn_implementation("sdpa")
     with torch.no_grad():
         ours = model.causal(torch.arange(40)[None], use_cache=False).logits
@@ -487,17 +489,48 @@ def test_experts_get_low_rank_products_of_their_own(tmp_path: Path):
     assert torch.equal(policy(loaded), trained)
 
 
+def test_experts_are_merged_too():
+    model = moe(expert_targets=EXPERTS)
+    steps(model, 4)
+    plain = AutoModelForCausalLM.from_config(model.causal.config, dtype=torch.float32)
+    plain.load_state_dict(dict(_merged_tensors(model.causal, plain, torch.float32)), strict=True)
+    plain.set_attn_implementation(NAME)
+    merged = policy(Model(plain, None, torch.float32))  # pyright: ignore
+    assert (merged - policy(model)).abs().max() < 1e-5
+    assert (merged - reference_logprobs(model, batch())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["default", "dora", "pissa", "olora"])
+def test_gpt2s_transposed_layers_start_as_nothing_and_merge(kind: str):
+    torch.manual_seed(0)
+    drops = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+    config = GPT2Config(
+        vocab_size=97, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, **drops
+    )
+    network = build(config).requires_grad_(False)
+    network.train()
+    network.set_attn_implementation(NAME)
+    model = add_adapter(Model(network, None, torch.float32), kind_of(kind))  # pyright: ignore
+    assert torch.equal(policy(model), reference_logprobs(model, batch()))
+    stir(model)
+    for layer in model.adapter_layers:
+        x = torch.randn(5, layer.in_features, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            made = x @ merged_weight(layer).float() + layer.get_base_layer().bias
+            assert relative(made, layer(x)) < 1e-5
+
+
 def without_adapter(model: Model) -> Model:
     assert isinstance(model.network, PeftModel)
     network = model.network.unload()
     return Model(network, None, torch.float32)  # pyright: ignore
 
 
-def test_float32_adapters_take_updates_that_bfloat16_would_swallow(small_model: Path):
+def test_float32_adapters_take_updates_that_bfloat16_would_swallow(tmp_path: Path):
     """300 AdamW steps at a rate of 1e-6 under bfloat16 products move the entries that had a gradient."""
-    model = load_model(
-        base_of(small_model, "nf4-bfloat16"), Adapter(rank=2, layers="1:", targets=("q_proj", "up_proj"))
-    )
+    folder = save_small_model(tmp_path, num_hidden_layers=1)
+    adapter = Adapter(rank=2, targets=("q_proj", "up_proj"))
+    model = load_model(base_of(folder, "nf4-bfloat16"), adapter)
     stir(model)
     before = {name: p.detach().clone() for name, p in model.trainable.items()}
     had = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in model.trainable.items()}

@@ -139,6 +139,8 @@ def _show_samples(display: Display, samples: Sequence[Sample]) -> None:
     for sample in samples[:4]:
         display.say(f"\nprompt  {_short(sample.prompt)}")
         display.say(f"base    {_short(sample.base)}")
+        if sample.reference is not None:
+            display.say(f"ref     {_short(sample.reference)}")
         display.say(f"policy  {_short(sample.policy)}")
     if samples:
         base, policy = (sum(len(t.split()) for t in texts) / len(samples) for texts in _answers(samples))

@@ -503,9 +503,16 @@ def test_experts_are_merged_too():
 @pytest.mark.parametrize("kind", ["default", "dora", "pissa", "olora"])
 def test_gpt2s_transposed_layers_start_as_nothing_and_merge(kind: str):
     torch.manual_seed(0)
-    drops = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
     config = GPT2Config(
-        vocab_size=97, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0, **drops
+        vocab_size=97,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
     )
     network = build(config).requires_grad_(False)
     network.train()

@@ -25,9 +25,17 @@ from lora_dpo.evaluation import batch_logprobs
 from lora_dpo.export import export_merged, verify_merged
 from lora_dpo.finished import evaluate_run, open_finished, side_by_side
 from lora_dpo.losses import DPO
-from lora_dpo.model import REFERENCE, Model, adapter_tensors, as_base, load_base, load_model, sync_reference
+from lora_dpo.model import (
+    REFERENCE,
+    Model,
+    adapter_tensors,
+    as_base,
+    load_base,
+    load_model,
+    sync_reference,
+)
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Training, override
-from lora_dpo.reference import ReferenceCache, reference_fingerprint, reference_logprobs
+from lora_dpo.reference import ReferenceCache, base_fingerprint, reference_fingerprint, reference_logprobs
 from lora_dpo.run_directory import RunDirectory, cache_folder
 from lora_dpo.training import Record, preflight, step_gradient, train
 from lora_dpo.training import start as start_module
@@ -487,6 +495,19 @@ def test_keys_that_the_adapters_folder_decides_are_refused_where_they_differ(
 
 
 # ---- what is kept of the reference
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_the_base_is_the_same_under_whatever_adapter(
+    small_model: Path, adapters: dict[str, Path], kind: str, quantization: str
+):
+    base = base_of(small_model, quantization, "bfloat16")
+    expected = base_fingerprint(load_model(base))
+    model = load_model(base, Adapter(start_from=str(adapters[kind])))
+    assert base_fingerprint(model) == expected
+    train_some(model, steps=2)
+    sync_reference(model)
+    assert base_fingerprint(model) == expected
 
 
 def test_kept_log_probs_are_found_for_the_same_adapter_only(

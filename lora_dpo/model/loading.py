@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -70,8 +69,9 @@ def _with_reference(model: Model, adapter: Adapter, reference: Reference) -> Mod
         saved, names = read_adapter(reference.adapter, "reference.adapter"), (REFERENCE,)
         return _put(model, saved, REFERENCE, reference_adapters=names, starts_as_reference=False)
     if kind == "base" and not reference.sync_every:
-        return dataclasses.replace(model, starts_as_reference=adapter.start_from is None)
-    # A copy of the policy as it starts, with what else the policy has on. To be synchronised, the reference
+        model.starts_as_reference = adapter.start_from is None
+        return model
+    # A copy of the policy as it starts, with what is subtracted from both. To be synchronised, the reference
     # of a fresh adapter is one too: at first it adds nothing, as the policy does.
     assert isinstance(model.network, PeftModel)
     names = tuple(REFERENCE if name == POLICY else name for name in model.policy_adapters)

@@ -9,13 +9,11 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import bitsandbytes as bnb
-import bitsandbytes.functional as quantized
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -24,13 +22,20 @@ from lora_dpo.batching import pack
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.finished import FinishedRun
 from lora_dpo.logprobs import token_logprobs
-from lora_dpo.model import Model, as_base, load_config, load_model, without_dropout
+from lora_dpo.model import (
+    Model,
+    as_base,
+    dequantized,
+    dora_matrix,
+    load_config,
+    load_model,
+    without_dropout,
+)
 from lora_dpo.recipe import Base
 from lora_dpo.run_directory import RunDirectory, write_folder, write_text
 
 PEFTS_OWN = (LoraLayer, AuxiliaryTrainingWrapper)
 MergedDtype = Literal["bfloat16", "float16", "float32"]
-ADAPTER = "default"
 
 
 def export_adapter(run: RunDirectory, to: Path) -> Path:
@@ -124,16 +129,26 @@ def _merged_tensors(source: nn.Module, plain: nn.Module, dtype: torch.dtype) -> 
     saved = set(plain.state_dict().keys())
     for path, module in plain.named_modules():
         names = [*module._parameters, *module._buffers]
-        own = source.get_submodule(path)
+        own = _module_at(source, path)
         for name in names:
             full = f"{path}.{name}".lstrip(".")
             if full not in saved:
                 continue
-            tensor = merged_weight(own) if name == "weight" else getattr(_unwrapped(own), name)
+            tensor = merged_parameter(own, name)
             if name == "weight" and tensor is not None and _is_transposed(module, own):
                 tensor = tensor.T.contiguous()
             if tensor is not None:
                 yield full, _rounded(tensor, dtype, full)
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module:
+    """The module at a path of the plain model, also below one that an adapter was put around."""
+    module: Any = root
+    for part in path.split(".") if path else ():
+        if isinstance(module, LoraLayer) and not hasattr(module, part):
+            module = module.get_base_layer()
+        module = getattr(module, part)
+    return module
 
 
 def _is_transposed(plain: nn.Module, source: nn.Module) -> bool:
@@ -153,28 +168,45 @@ def _rounded(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module  # pyright: ignore[reportReturnType]
+    """The module that acts in this place when adapters are on, without the products that are added to it."""
+    if isinstance(module, LoraLayer):
+        return module.get_base_layer()
+    if isinstance(module, TrainableTokensWrapper):
+        return module.original_module
+    if isinstance(module, ModulesToSaveWrapper):
+        return module.modules_to_save[module.active_adapters[0]]
+    return module
+
+
+def merged_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """A module's own parameter or buffer as it acts with the adapter on; a weight comes dequantized."""
+    if name == "weight" and not isinstance(module, ParamWrapper):
+        return merged_weight(module)
+    tensor: Tensor | None = getattr(_unwrapped(module), name)
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == name and tensor is not None:
+            updates = [module.get_delta_weight(adapter) for adapter in module.active_adapters]
+            tensor = tensor.float() + torch.stack(updates).sum(dim=0).float()
+        module = module.base_layer
+    return tensor
 
 
 def merged_weight(module: nn.Module) -> Tensor:
     """A module's weight as it acts: dequantized, with the adapter's update (alpha / rank) B A added in
-    float32.
+    float32, or with DoRA's magnitudes, or with the rows of trained tokens.
     """
     weight = dequantized(_unwrapped(module))
-    if isinstance(module, LoraLayer) and ADAPTER in module._get_available_adapters():
-        update = module.get_delta_weight(ADAPTER)  # pyright: ignore[reportCallIssue]
-        return weight.float() + update.float()
-    return weight
-
-
-def dequantized(module: nn.Module) -> Tensor:
-    """A module's weight, out of bitsandbytes' storage where it is in it."""
-    weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
-    if isinstance(module, bnb.nn.Linear4bit):
-        return quantized.dequantize_4bit(weight.data, weight.quant_state)  # pyright: ignore
-    if isinstance(module, bnb.nn.Linear8bitLt):
-        scales = weight.SCB if getattr(weight, "SCB", None) is not None else module.state.SCB  # pyright: ignore
-        return quantized.int8_vectorwise_dequant(weight.data, scales)  # pyright: ignore[reportArgumentType]
+    if isinstance(module, TrainableTokensWrapper):
+        return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters)
+    if not isinstance(module, LoraLayer):
+        return weight
+    layer: Any = module
+    names = [name for name in layer.active_adapters if name in layer._get_available_adapters()]
+    if names and names[0] in layer.lora_variant:
+        matrix = dora_matrix(layer, names[0])
+        return matrix.T if getattr(layer, "fan_in_fan_out", False) else matrix
+    for name in names:
+        weight = weight.float() + layer.get_delta_weight(name).float()
     return weight
 
 

@@ -67,12 +67,27 @@ def test_under_autocast_the_result_is_no_further_from_float32_than_pefts():
     assert 0 < ours <= 1.1 * theirs
 
 
-def test_what_is_not_a_plain_product_keeps_pefts_own_forward():
-    torch.manual_seed(0)
-    network = build(llama_config()).requires_grad_(False)
-    network.set_attn_implementation(NAME)
-    model = add_adapter(Model(network, None, torch.float32), Adapter(dropout=0.1))  # pyright: ignore
-    assert not any("forward" in vars(layer) for layer in model.adapter_layers)
+def test_with_dropout_log_probs_and_gradients_are_those_of_pefts_own_layers():
+    """The same inputs are dropped, from the same random numbers."""
+    with float64_throughout():
+        torch.manual_seed(0)
+        network = build(llama_config()).double().requires_grad_(False)
+        network.set_attn_implementation(NAME)
+        model = Model(network, None, torch.float64)  # pyright: ignore
+        model = with_random_adapter(add_adapter(model, Adapter(rank=4, dropout=0.3)))
+        branches = examples(8)
+        batch = collate(branches, range(len(branches)))
+        results = []
+        for own in (True, False):
+            if not own:
+                peft_forward(model)
+            torch.manual_seed(5)
+            logprobs = token_logprobs(model, batch)
+            logprobs.sum().backward()
+            results.append((logprobs, gradient(model)))
+    (ours, by_ours), (theirs, by_theirs) = results
+    assert (ours - theirs).abs().max() < 1e-11
+    assert relative(by_ours, by_theirs) < 1e-11
 
 
 def test_a_merged_layer_adds_nothing_twice():

@@ -4,7 +4,6 @@ ago.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable
@@ -30,13 +29,11 @@ from lora_dpo.model import (
     REFERENCE,
     Model,
     adapter_tensors,
-    add_adapter,
     as_base,
     load_base,
     load_model,
     sync_reference,
 )
-from lora_dpo.model import loading as loading_module
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Training, override
 from lora_dpo.reference import ReferenceCache, base_fingerprint, reference_fingerprint, reference_logprobs
 from lora_dpo.run_directory import RunDirectory, cache_folder
@@ -343,17 +340,6 @@ def test_right_after_a_sync_the_policy_is_its_reference_to_the_bit(
 def test_the_base_is_not_synchronised(small_model: Path):
     with pytest.raises(ModelError, match="the base is never written to"):
         sync_reference(load_model(base_of(small_model), Adapter(rank=4)))
-
-
-def test_an_adapter_whose_start_is_subtracted_is_not_synchronised(
-    small_model: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def subtracted(model: Model, adapter: Adapter, *, seed: int) -> Model:
-        return dataclasses.replace(add_adapter(model, adapter), policy_adapters=("default", "initial"))
-
-    monkeypatch.setattr(loading_module, "add_adapter", subtracted)
-    with pytest.raises(RecipeError, match=r"reference\.sync_every copies one adapter.*adapter\.init=default"):
-        load_model(base_of(small_model), Adapter(rank=4), reference=Reference(sync_every=2))
 
 
 # ---- refusals

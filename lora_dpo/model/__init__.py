@@ -1,19 +1,16 @@
-"""The one 4-bit base, the adapter on it, and the roles that they play together."""
+"""The one 4-bit base, the adapters on it, and the roles that they play together."""
 
+from lora_dpo.model.adapters import add_adapter, save_adapter, save_for_resuming
 from lora_dpo.model.base import load_base, load_config, load_tokenizer, pick_compute_dtype, pick_device
+from lora_dpo.model.dora import dora_matrix
 from lora_dpo.model.loading import POLICY, REFERENCE, load_adapter, load_model, sync_reference
-from lora_dpo.model.roles import (
-    Model,
-    add_adapter,
-    as_base,
-    as_policy,
-    as_reference,
-    generating,
-    without_dropout,
-)
+from lora_dpo.model.low_rank import INITIAL
+from lora_dpo.model.roles import Model, as_base, as_policy, as_reference, generating, without_dropout
 from lora_dpo.model.saved import adapter_tensors, write_adapter
+from lora_dpo.model.weights import dequantized
 
 __all__ = [
+    "INITIAL",
     "POLICY",
     "REFERENCE",
     "Model",
@@ -22,6 +19,8 @@ __all__ = [
     "as_base",
     "as_policy",
     "as_reference",
+    "dequantized",
+    "dora_matrix",
     "generating",
     "load_adapter",
     "load_base",
@@ -30,6 +29,8 @@ __all__ = [
     "load_tokenizer",
     "pick_compute_dtype",
     "pick_device",
+    "save_adapter",
+    "save_for_resuming",
     "sync_reference",
     "without_dropout",
     "write_adapter",

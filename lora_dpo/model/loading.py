@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from lora_dpo.errors import ModelError, RecipeError
+from lora_dpo.errors import ModelError
+from lora_dpo.model.adapters import add_adapter
 from lora_dpo.model.base import load_base, load_tokenizer, unquantized_bytes, verdict_on
-from lora_dpo.model.roles import Model, add_adapter, with_adapter
+from lora_dpo.model.roles import Model, with_adapter
 from lora_dpo.model.saved import (
     SavedAdapter,
     adapter_tensors,
@@ -70,15 +71,11 @@ def _with_reference(model: Model, adapter: Adapter, reference: Reference) -> Mod
     if kind == "base" and not reference.sync_every:
         model.starts_as_reference = adapter.start_from is None
         return model
-    if model.policy_adapters != (POLICY,):
-        raise RecipeError(
-            "reference.sync_every copies one adapter, and this policy is one less another (adapter.init): use"
-            " adapter.init=default"
-        )
-    # A copy of the policy as it starts. To be synchronised, the reference of a fresh adapter is one too: at
-    # first it adds nothing, as the policy does.
+    # A copy of the policy as it starts, with what is subtracted from both. To be synchronised, the reference
+    # of a fresh adapter is one too: at first it adds nothing, as the policy does.
     assert isinstance(model.network, PeftModel)
-    return _put(model, in_memory(model.network, POLICY), REFERENCE, reference_adapters=(REFERENCE,))
+    names = tuple(REFERENCE if name == POLICY else name for name in model.policy_adapters)
+    return _put(model, in_memory(model.network, POLICY), REFERENCE, reference_adapters=names)
 
 
 def _put(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,21 +10,21 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.batching import Way
 from lora_dpo.errors import ModelError
+from lora_dpo.model.copies import compute_as_originals
+from lora_dpo.model.dora import decompose
 from lora_dpo.model.low_rank import add_in_place
 from lora_dpo.model.offload import OffloadedActivations
 from lora_dpo.model.saved import ask_for_own_tokens, widen_copies
 from lora_dpo.model.switching import OFF, Switch, switches_of
 from lora_dpo.probe import ASSUMED, Verdict
-from lora_dpo.recipe import Adapter
 from lora_dpo.ways import use_attention
 
 
@@ -126,72 +125,6 @@ class Model:
             enable(activation_checkpointing_kwargs=options)
 
 
-def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
-    """A fresh LoRA adapter in float32 on the base; only its parameters require gradients.
-
-    Raises ModelError where adapter.targets names no module of the base.
-    """
-    targets = adapter.targets if isinstance(adapter.targets, str) else list(adapter.targets)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,  # pyright: ignore[reportArgumentType]
-        lora_dropout=adapter.dropout,
-        target_modules=targets,
-        exclude_modules=_not_plain(model.causal) if targets == "all-linear" else None,
-        # GPT-2's Conv1D keeps its weight transposed; quantized, it is an ordinary linear layer.
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.causal.modules()),
-    )
-    # The seed stands right before the adapter is made: whatever loaded before it can't move its values.
-    torch.manual_seed(seed)
-    try:
-        with warnings.catch_warnings():
-            # peft asks transformers about checkpointing by an older name.
-            warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
-            network = get_peft_model(model.causal, config)
-    except ValueError as error:
-        raise ModelError(f"adapter.targets {adapter.targets}: {error}") from error
-    adapted = with_adapter(network, model)
-    _refuse_unmergeable(adapted)
-    return adapted
-
-
-def _not_plain(network: nn.Module) -> list[str] | None:
-    """Linear layers that "all-linear" leaves out, by path: not a product y = W x, or read past the module.
-
-    Mamba's fused kernels take the weight of the mixer's out_proj itself, so an adapter there would be lost on
-    CUDA; a router that is a subclass of a linear layer gives something else than its product (Llama 4).
-    """
-    found = []
-    for path, module in network.named_modules():
-        mixer = hasattr(module, "A_log") and hasattr(module, "D")
-        if mixer and isinstance(getattr(module, "out_proj", None), nn.Linear):
-            found.append(f"{path}.out_proj")
-        if type(module).__module__.startswith("transformers.") and isinstance(module, nn.Linear):
-            found += [] if _gives_a_product(module) else [path]
-    return found or None
-
-
-def _gives_a_product(module: nn.Linear) -> bool:
-    with torch.no_grad():
-        try:
-            out: Any = module(module.weight.new_zeros(1, module.in_features))
-        except (RuntimeError, ValueError, TypeError):
-            return False
-    return isinstance(out, torch.Tensor) and out.shape == (1, module.out_features)
-
-
-def _refuse_unmergeable(model: Model) -> None:
-    """Adapters on embeddings, or on a head tied to them, would be lost in a merged export: refuse them
-    here.
-    """
-    for layer in model.adapter_layers:
-        if isinstance(layer.get_base_layer(), nn.Embedding):
-            raise ModelError("adapter.targets names an embedding; it takes linear layers")
-    if model.head in model.adapter_layers and model.causal.config.get_text_config().tie_word_embeddings:
-        raise ModelError("adapter.targets names the head, which is tied to the embeddings in this model")
-
-
 def with_adapter(network: PeftModel, model: Model, **changes: Any) -> Model:
     """The model with what peft put on its network, all adapters added, in the policy's role.
 
@@ -199,13 +132,17 @@ def with_adapter(network: PeftModel, model: Model, **changes: Any) -> Model:
     """
     adapted = dataclasses.replace(model, network=network, **changes)
     network.train()
-    widen_copies(network, model.compute_dtype)
+    widen_copies(network)
     ask_for_own_tokens(network)
-    _ = adapted.trainable  # fixed here
+    for parameter in adapted.trainable.values():  # fixed here
+        if parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
     for layer in adapted.adapter_layers:
         # Autocast makes the products' inputs; peft would keep a float32 copy of each for the backward pass.
         layer.cast_input_dtype_enabled = model.compute_dtype not in (torch.bfloat16, torch.float16)
+    compute_as_originals(network)
     add_in_place(adapted.adapter_layers)
+    decompose(adapted.adapter_layers)
     _to_policy(adapted)
     return adapted
 

@@ -186,7 +186,7 @@ def put_on(
         parameter.requires_grad_(flag)
     ask_for_own_tokens(adapted)
     new = parameters_of(adapted, name)
-    widen_copies(adapted, compute_dtype)
+    widen_copies(adapted)
     for parameter in new.values():
         if parameter.dtype in HALF:
             parameter.data = parameter.data.float()
@@ -293,27 +293,10 @@ class _OwnTokens:
         return getattr(type(self.wrapper), self.method)(self.wrapper, adapter_name, *arguments)
 
 
-def widen_copies(network: PeftModel, dtype: torch.dtype) -> None:
-    """Saved modules in float32, which updates at DPO's rates need, giving the dtype that the base's own give.
-
-    Without the latter an embedding or norm in float32 would widen everything after it.
-    """
+def widen_copies(network: PeftModel) -> None:
+    """Saved modules in float32, which updates at DPO's rates need; see `copies` for what they compute in."""
     for module in network.modules():
-        if not isinstance(module, ModulesToSaveWrapper):
-            continue
-        for own in module.modules_to_save.values():
-            narrow = [parameter for parameter in own.parameters() if parameter.dtype in HALF]
-            for parameter in narrow:
-                parameter.data = parameter.data.float()
-            if narrow:
-                own.register_forward_hook(_Narrowed(dtype))
-
-
-class _Narrowed:
-    """A forward hook: a tensor that comes out is given in the compute dtype."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype = dtype
-
-    def __call__(self, module: nn.Module, arguments: Any, output: Any) -> Any:
-        return output.to(self.dtype) if isinstance(output, Tensor) and output.is_floating_point() else output
+        if isinstance(module, ModulesToSaveWrapper):
+            for parameter in module.modules_to_save.parameters():
+                if parameter.dtype in HALF:
+                    parameter.data = parameter.data.float()

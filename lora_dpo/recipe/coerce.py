@@ -216,6 +216,8 @@ def unknown_key(key: str, known: Iterable[str]) -> RecipeError:
     """The error for a key that does not exist, with the one that was most likely meant."""
     key, known = str(key), list(known)
     last = key.rpartition(".")[2]
+    if last in NOT_OFFERED:
+        return RecipeError(f"unknown key {key}: {NOT_OFFERED[last]}")
     close = [k for k in known if k.rpartition(".")[2] == last]
     close = close or [k for name, k in ELSEWHERE.items() if name == last]
     close = close or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -223,6 +225,12 @@ def unknown_key(key: str, known: Iterable[str]) -> RecipeError:
     hint = f"did you mean {close[0]}?" if close else hint
     return RecipeError(f"unknown key {key}: {hint}")
 
+
+NOT_OFFERED = {
+    "bias": "trained biases of the base would still act when the adapter is off, so that the reference would"
+    " not be the base; train whole modules instead, with adapter.modules_to_save",
+}
+"""Names that other trainers use for what is not offered here: why not, and what to take instead."""
 
 ELSEWHERE = {
     "lr": "training.learning_rate",
@@ -244,6 +252,15 @@ ELSEWHERE = {
     "lora_alpha": "adapter.alpha",
     "lora_dropout": "adapter.dropout",
     "target_modules": "adapter.targets",
+    "target_parameters": "adapter.expert_targets",
+    "layers_to_transform": "adapter.layers",
+    "rank_pattern": "adapter.ranks",
+    "alpha_pattern": "adapter.alphas",
+    "use_rslora": "adapter.rslora",
+    "use_dora": "adapter.dora",
+    "init_lora_weights": "adapter.init",
+    "loraplus_lr_ratio": "adapter.lora_plus_ratio",
+    "trainable_token_indices": "adapter.trained_tokens",
     "model_name_or_path": "base.model",
     "load_in_4bit": "base.quantization",
     "dataset_name": "data.train",

@@ -70,6 +70,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
             return fields(value)
         if isinstance(value, tuple):
             return [plain(item) for item in value]
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
         if value is None or isinstance(value, (str, int, float, bool)):
             return value
         return f"<{type(value).__name__} of {len(value)} rows given from Python>"

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from lora_dpo.bounds import AtLeast
 from lora_dpo.errors import RecipeError
 from lora_dpo.losses import DPO, Objective
+from lora_dpo.recipe.adapter_options import INITS, by_module, parse_init, parse_layers, parse_token
 from lora_dpo.recipe.coerce import Parsed, coerce, hints_of, refusal
 
 Count = Annotated[int, AtLeast(1)]
@@ -68,12 +69,35 @@ class Base(Section):
     fused_kernels: bool = False
 
 
+INIT = Annotated[str, Parsed(parse_init, f"one of {', '.join(INITS)}")]
+Layers = Annotated[str | None, Parsed(parse_layers, 'layers such as "0:8", "-4:" or "0,1,5", or null')]
+Token = Annotated[int | str, Parsed(parse_token, "a token's text or its id")]
+Ranks = Annotated[dict[str, int], Parsed(by_module(Count), "ranks by module name, such as {q_proj: 8}")]
+Alphas = Annotated[dict[str, float], Parsed(by_module(Positive), "alphas by module name")]
+
+
 @dataclass(frozen=True)
 class Adapter(Section):
     """LoRA (Hu et al. 2021, arXiv:2106.09685, eq. 3): W + (alpha / rank) · B A, with A and B in float32.
 
     targets: "all-linear" is every linear layer but the head, routers, and the output of Mamba mixers, whose
-    kernels would pass an adapter by; or a list of module names such as q_proj.
+    kernels would pass an adapter by; or a list of module names such as q_proj, or of ends of their paths such
+    as layers.3.mlp.down_proj, which names one layer's.
+    layers: only these layers: "0:8" the first eight, "-4:" the last four, "0,1,30:".
+    ranks, alphas: other values for modules by name or end of path: {q_proj: 8, layers.0.mlp.up_proj: 64}
+    (regular expressions; the first that fits counts).
+    rslora: scale by alpha / √rank (Kalajdzievski 2023, arXiv:2312.03732), for large ranks.
+    dora: magnitude and direction are trained apart (Liu et al. 2024, arXiv:2402.09353, eq. 5); slower.
+    init: "default" (A uniform, B = 0), "gaussian" and "eva" (Paischer et al. 2024, arXiv:2410.07170: A from
+    what the data give to each layer) start at zero. "pissa" (Meng et al. 2024, arXiv:2404.02948) starts from
+    the base's principal singular directions, "olora" (Büyükakyüz 2024, arXiv:2406.01775) from its QR factors;
+    the base stays as it is, a frozen copy of the start is subtracted, and the exported adapter has twice the
+    rank.
+    lora_plus_ratio: B's learning rate over A's (Hayou et al. 2024, arXiv:2402.12354, who suggest 16).
+    trained_tokens: tokens, by text or id, whose embeddings are trained too.
+    modules_to_save: names of whole modules that are trained in full, in float32, such as lm_head.
+    expert_targets: parameters that hold all experts of a layer, such as mlp.experts.gate_up_proj; each expert
+    gets a low-rank product.
     start_from: the folder of an adapter to train further, in PEFT's layout, or of the run that made it. What
     the adapter is (rank, alpha, targets, trained tokens, saved modules) is then read from there, and the keys
     here that say so are left out; dropout stays the recipe's. `Reference` says what it is compared with.
@@ -84,13 +108,46 @@ class Adapter(Section):
     alpha: Positive = 32.0
     dropout: Annotated[float, AtLeast(0, high=0.95)] = 0.0
     targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    layers: Layers = None
+    ranks: Ranks = field(default_factory=dict)
+    alphas: Alphas = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    init: INIT = "default"
+    lora_plus_ratio: Positive = 1.0
+    trained_tokens: tuple[Token, ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    expert_targets: tuple[str, ...] = ()
     start_from: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.targets:
+        if not self.targets and not self.expert_targets:
             raise RecipeError(
                 "adapter.targets got an empty list; it takes all-linear or names such as q_proj"
+            )
+        subtracts = self.init in ("pissa", "olora")
+        if self.dora and subtracts:
+            raise RecipeError(
+                f"adapter.dora rescales W + B A, from which adapter.init={self.init} could not be subtracted;"
+                " use init=default with dora, or leave dora off"
+            )
+        if self.expert_targets:
+            self._check_experts(subtracts)
+
+    def _check_experts(self, subtracts: bool) -> None:
+        clashes = {
+            "adapter.dora": self.dora,
+            "adapter.dropout": self.dropout > 0,
+            f"adapter.init={self.init}": subtracts or self.init == "eva",
+        }
+        for name, clash in clashes.items():
+            if clash:
+                raise RecipeError(f"{name} does not go with adapter.expert_targets; leave one of them out")
+        if self.layers is not None:
+            raise RecipeError(
+                "adapter.layers does not choose among adapter.expert_targets; name the layers there, such as"
+                " layers.0.mlp.experts.gate_up_proj"
             )
 
 

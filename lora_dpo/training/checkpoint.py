@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lora_dpo.errors import RunError
-from lora_dpo.model import POLICY, REFERENCE, Model, adapter_tensors, write_adapter
+from lora_dpo.model import INITIAL, POLICY, REFERENCE, Model, adapter_tensors, save_for_resuming
 from lora_dpo.reference import BASE
 from lora_dpo.run_directory import write_folder, write_text
 from lora_dpo.tokenization import Branches
@@ -51,24 +52,14 @@ def save_checkpoint(
     tensors, numbers = optimizer_state(optimizer, model.trainable)
 
     def fill(part: Path) -> None:
-        save_adapter(model, part / "adapter")
+        save_for_resuming(model, part / "adapter")
         if state.synced_at:
-            save_adapter(model, part / "reference", REFERENCE)
+            save_for_resuming(model, part / "reference", REFERENCE)
         save_file(tensors, part / "optimizer.safetensors")
         write_text(part / "optimizer.json", json.dumps(numbers))
         write_text(part / "state.json", json.dumps(dataclasses.asdict(state), indent=1))
 
     write_folder(folder, fill, manifest=True)
-
-
-def save_adapter(model: Model, folder: Path, name: str = POLICY) -> None:
-    """An adapter, the policy's or another by peft's name, in PEFT's layout."""
-    assert isinstance(model.network, PeftModel)
-    if name == POLICY:
-        # Without the flag peft asks the hub whether the base's vocabulary was resized.
-        model.network.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
-    else:
-        write_adapter(model.network, name, folder)  # peft would write it one folder deeper
 
 
 def read_state(folder: Path) -> TrainingState:
@@ -92,13 +83,20 @@ def restore_reference(folder: Path, model: Model) -> None:
 
 
 def restore_adapter(folder: Path, model: Model, name: str = POLICY) -> None:
-    """Copy an adapter folder's values into the model's adapter. Raises RunError where the tensors differ."""
+    """Copy an adapter of a checkpoint into the model's, and what it started from. Raises RunError where the
+    tensors differ.
+    """
     assert isinstance(model.network, PeftModel)
-    saved = load_file(folder / "adapter_model.safetensors")
-    own = adapter_tensors(model.network, name)
+    _restore(folder / "adapter_model.safetensors", adapter_tensors(model.network, name))
+    if INITIAL in model.policy_adapters:
+        _restore(folder / f"{INITIAL}.safetensors", adapter_tensors(model.network, INITIAL))
+
+
+def _restore(file: Path, own: dict[str, Tensor]) -> None:
+    saved = load_file(file) if file.is_file() else {}
     if saved.keys() != own.keys():
         odd = sorted(saved.keys() ^ own.keys())[0]
-        raise RunError(f"{folder} is another adapter than the recipe's: {odd} is only in one of them")
+        raise RunError(f"{file} is another adapter than the recipe's: {odd} is only in one of them")
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(saved[key])

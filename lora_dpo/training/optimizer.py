@@ -12,21 +12,31 @@ from torch import Tensor, nn
 
 from lora_dpo.recipe import Training
 
+RATIO = "rate_ratio"
+"""The key of a parameter group that holds its learning rate over the schedule's."""
 
-def make_optimizer(training: Training, parameters: Mapping[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): torch's, or bitsandbytes' 8-bit and paged ones."""
+
+def make_optimizer(
+    training: Training, parameters: Mapping[str, nn.Parameter], *, lora_plus_ratio: float = 1.0
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101): torch's, or bitsandbytes' 8-bit and paged ones.
+
+    lora_plus_ratio: how many times the learning rate of everything else LoRA's B has, at every step (LoRA+,
+    Hayou et al. 2024, arXiv:2402.12354: η_B = λ η_A).
+    """
     arguments: dict[str, Any] = {
         "lr": training.learning_rate,
         "betas": (training.adam_beta1, training.adam_beta2),
         "eps": training.adam_epsilon,
         "weight_decay": training.weight_decay,
     }
-    tensors = list(parameters.values())
+    groups = _groups(parameters, lora_plus_ratio)
+    cuda = next(iter(parameters.values())).is_cuda
     if training.optimizer == "adamw":
-        return torch.optim.AdamW(tensors, fused=tensors[0].is_cuda, **arguments)
+        return set_learning_rate(torch.optim.AdamW(groups, fused=cuda, **arguments), training.learning_rate)
     import bitsandbytes as bnb
 
-    if not tensors[0].is_cuda:
+    if not cuda:
         # What pages on a card is ordinary memory here: nothing to warn about.
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
     kinds = {
@@ -34,7 +44,16 @@ def make_optimizer(training: Training, parameters: Mapping[str, nn.Parameter]) -
         "paged_adamw": bnb.optim.PagedAdamW,
         "paged_adamw_8bit": bnb.optim.PagedAdamW8bit,
     }
-    return kinds[training.optimizer](tensors, **arguments)
+    return set_learning_rate(kinds[training.optimizer](groups, **arguments), training.learning_rate)
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], ratio: float) -> list[dict[str, Any]]:
+    """Parameter groups with the ratio of their learning rate to the schedule's."""
+    if ratio == 1.0:
+        return [{"params": list(parameters.values()), RATIO: 1.0}]
+    ups = [parameter for name, parameter in parameters.items() if ".lora_B." in name]
+    others = [parameter for name, parameter in parameters.items() if ".lora_B." not in name]
+    return [{"params": others, RATIO: 1.0}, {"params": ups, RATIO: ratio}]
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
@@ -47,9 +66,11 @@ def learning_rate(training: Training, step: int, steps: int) -> float:
     return training.learning_rate * shape[training.schedule]
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> torch.optim.Optimizer:
+    """Give every parameter group its share of the rate; returns the optimizer."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATIO, 1.0)
+    return optimizer
 
 
 def optimizer_state(
@@ -74,14 +95,16 @@ def restore_optimizer(
     numbers: Mapping[str, int | float],
 ) -> None:
     """Put back what `optimizer_state` gave."""
-    for index, (name, parameter) in enumerate(parameters.items()):
+    places = _places(optimizer)
+    for name, parameter in parameters.items():
         own = {key.partition("::")[2]: value for key, value in tensors.items() if key.startswith(name + "::")}
         own |= {key.partition("::")[2]: n for key, n in numbers.items() if key.startswith(name + "::")}
         if not own:
             continue
         if hasattr(optimizer, "init_state"):
             # bitsandbytes makes its own buffers (paged ones live in memory of their own): fill those.
-            optimizer.init_state(optimizer.param_groups[0], parameter, 0, index)  # pyright: ignore
+            group, index = places[id(parameter)]
+            optimizer.init_state(optimizer.param_groups[group], parameter, group, index)  # pyright: ignore
         state = optimizer.state[parameter]
         for what, value in own.items():
             if isinstance(value, Tensor) and isinstance(state.get(what), Tensor):
@@ -92,3 +115,12 @@ def restore_optimizer(
                 state[what] = value.to(parameter.device) if on_device else value.clone()
             else:
                 state[what] = value
+
+
+def _places(optimizer: torch.optim.Optimizer) -> dict[int, tuple[int, int]]:
+    """Where each parameter is, by its id: (number of its group, number in the group)."""
+    return {
+        id(parameter): (n, m)
+        for n, group in enumerate(optimizer.param_groups)
+        for m, parameter in enumerate(group["params"])
+    }

@@ -15,6 +15,7 @@ from lora_dpo.recipe import Recipe, load_recipe, pinned, to_dict, to_yaml
 from lora_dpo.reference import ReferenceCache
 from lora_dpo.run_directory import RunDirectory, write_text
 from lora_dpo.training.data import TrainingData, prepare_data
+from lora_dpo.training.eva import start_from_data
 from lora_dpo.training.observers import Observer, check_trackers, flat
 from lora_dpo.training.progress import Display
 from lora_dpo.training.trainer import Trainer
@@ -69,6 +70,10 @@ def _train(
     started = time.monotonic()
     reference = recipe.reference if recipe.loss.needs_reference else None
     model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed, reference=reference)
+    if recipe.adapter.init == "eva":
+        budget, seed = recipe.training.tokens_per_microbatch, recipe.training.seed
+        count = start_from_data(model, data.train, tokens_per_microbatch=budget, seed=seed)
+        display.say(f"the adapter's A starts from the data's directions, settled over {count} micro-batches")
     if accelerator.num_processes > 1:
         display.say(f"each step's pairs are spread over {accelerator.num_processes} processes")
     display.say(

@@ -20,7 +20,7 @@ from lora_dpo.batching import StepSampler
 from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
 from lora_dpo.losses import LogProbs
-from lora_dpo.model import REFERENCE, Model, sync_reference
+from lora_dpo.model import REFERENCE, Model, save_adapter, sync_reference
 from lora_dpo.recipe import Recipe, to_dict
 from lora_dpo.reference import ReferenceCache, reference_fingerprint
 from lora_dpo.run_directory import RunDirectory, damage, write_folder
@@ -30,7 +30,6 @@ from lora_dpo.training.checkpoint import (
     restore_adapter,
     restore_checkpoint,
     restore_reference,
-    save_adapter,
     save_checkpoint,
 )
 from lora_dpo.training.data import TrainingData
@@ -69,7 +68,8 @@ class Trainer:
         self.recipe, self.training, self.objective = recipe, recipe.training, recipe.loss
         self.run_directory, self.model, self.data = run, model, data
         self.accelerator, self.display, self.cache = accelerator, display, cache
-        self.optimizer = make_optimizer(self.training, model.trainable)
+        ratio = recipe.adapter.lora_plus_ratio
+        self.optimizer = make_optimizer(self.training, model.trainable, lora_plus_ratio=ratio)
         self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
             model.device.type, enabled=model.compute_dtype == torch.float16
         )

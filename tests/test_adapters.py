@@ -139,7 +139,7 @@ def steps(model: Model, count: int, rate: float = 1e-2) -> None:
     optimizer = make_optimizer(Training(learning_rate=rate), model.trainable)
     items = branches()
     for _ in range(count):
-        step_gradient(model, DPO(), items, count=len(items), tokens_per_microbatch=100, seed=0)
+        step_gradient(model, DPO(), items, tokens_per_microbatch=100, seed=0)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -161,7 +161,7 @@ def test_every_trained_tensor_is_float32_and_gets_a_gradient(small_model: Path, 
     model = load_model(base_of(small_model, base), kind_of(kind))
     stir(model)
     items = branches()
-    step_gradient(model, DPO(), items, count=len(items), tokens_per_microbatch=100, seed=0)
+    step_gradient(model, DPO(), items, tokens_per_microbatch=100, seed=0)
     for name, parameter in model.network.named_parameters():
         assert (name in model.trainable) == (parameter.grad is not None), name
         if parameter.grad is not None:
@@ -544,7 +544,7 @@ def test_float32_adapters_take_updates_that_bfloat16_would_swallow(tmp_path: Pat
     optimizer = make_optimizer(Training(learning_rate=1e-6), model.trainable)
     items = branches(1)
     for _ in range(300):
-        step_gradient(model, DPO(), items, count=1, tokens_per_microbatch=100, seed=0)
+        step_gradient(model, DPO(), items, tokens_per_microbatch=100, seed=0)
         for name, parameter in model.trainable.items():
             assert parameter.grad is not None
             had[name] |= parameter.grad != 0

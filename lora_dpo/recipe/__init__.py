@@ -1,7 +1,8 @@
 """Typed configuration: one schema and one parser for scripts, YAML and the command line."""
 
+from lora_dpo.recipe.adapter import Adapter, Reference
 from lora_dpo.recipe.files import from_dict, keys_of, load_recipe, override, pinned, to_dict, to_yaml
-from lora_dpo.recipe.schema import Adapter, Base, Data, Recipe, Reference, Source, Training
+from lora_dpo.recipe.schema import Base, Data, Recipe, Source, Training
 
 __all__ = [
     "Adapter",

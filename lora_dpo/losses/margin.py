@@ -36,7 +36,7 @@ def divergence_score(log_ratio: Tensor, divergence: Divergence, alpha: float) ->
     """f'(exp(log_ratio)) with f'(1) = 0, for f-DPO (Wang et al. 2024, arXiv:2309.16240, table 1).
 
     log_ratio: float, any shape. alpha: of the α-divergence, whose f'(u) is (1 − u^−α) / α; it goes over into
-    reverse KL at 0 and is forward KL at 1.
+    reverse KL at 0 and is forward KL at 1. (TRL's coefficient is 1 − alpha.)
     """
     if divergence == "jensen_shannon":
         return math.log(2) + logsigmoid(log_ratio)

@@ -31,8 +31,8 @@ class AOT(Objective):
     the sorted values of two distributions, −log σ(β(u_(i) − v_(i))), so that one dominates the other.
 
     paired: u are log π(chosen) − log π(rejected), v the reference's; else u are the chosen responses'
-    log-ratios and v the rejected ones'. Sorted over the whole step; where values tie, their order does not
-    matter. label_smoothing: as in DPO. The loss belongs to ranks, not to pairs, so a row can't have a weight.
+    log-ratios and v the rejected ones'. Sorted over the whole step, where TRL sorts what one forward call holds;
+    where values tie, their order does not matter. label_smoothing: as in DPO. The loss belongs to ranks, not to pairs, so a row can't have a weight.
     """
 
     beta: Positive = 0.1
@@ -64,7 +64,8 @@ class BCO(Objective):
     """Binary classifier optimization for pairs (Jung et al. 2024, arXiv:2404.04656, eqs. 10 and 13):
     −log σ(r_c − δ) − log σ(−(r_r − δ)), r rewards, δ the mean reward: a moving one over steps.
 
-    momentum: how much of δ is kept from step to step; None is δ = 0, and no step depends on another. In
+    momentum: how much of δ is kept from step to step; None is δ = 0 (TRL's bco_pair), and no step depends on
+    another. In
     evaluation δ is the mean of what is evaluated.
     """
 

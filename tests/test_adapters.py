@@ -174,8 +174,9 @@ def test_every_trained_tensor_is_float32_and_gets_a_gradient(small_model: Path, 
 def test_training_leaves_the_reference_and_a_saved_adapter_is_itself_again(
     small_model: Path, tmp_path: Path, kind: str, base: str
 ):
-    """After 20 steps the reference's log-probs and the base's bytes are what they were; exported and loaded, and
-    restored from a checkpoint onto another fresh adapter, the policy's log-probs are the same, to the bit.
+    """After 20 steps the reference's log-probs and the base's bytes are what they were; exported and loaded,
+    and restored from a checkpoint onto another fresh adapter, the policy's log-probs are the same, to the
+    bit.
     """
     model = load_model(base_of(small_model, base), kind_of(kind))
     reference, fingerprint = reference_logprobs(model, batch()), base_fingerprint(model)

@@ -31,8 +31,9 @@ class AOT(Objective):
     the sorted values of two distributions, −log σ(β(u_(i) − v_(i))), so that one dominates the other.
 
     paired: u are log π(chosen) − log π(rejected), v the reference's; else u are the chosen responses'
-    log-ratios and v the rejected ones'. Sorted over the whole step, where TRL sorts what one forward call holds;
-    where values tie, their order does not matter. label_smoothing: as in DPO. The loss belongs to ranks, not to pairs, so a row can't have a weight.
+    log-ratios and v the rejected ones'. Sorted over the whole step, where TRL sorts what one forward call
+    holds; where values tie, their order does not matter. label_smoothing: as in DPO. The loss belongs to
+    ranks, not to pairs, so a row can't have a weight.
     """
 
     beta: Positive = 0.1

@@ -148,6 +148,13 @@ def test_a_rows_weight_multiplies_its_loss_alone():
     assert weighted(DPO()(given), given).tolist() == [0.0, pytest.approx(3 * math.log(2))]
 
 
+def test_parts_of_a_step_join_though_only_some_rows_have_a_weight():
+    weighed = logprobs([[-1.0, -2.0]], weight=[3.0])
+    joined = LogProbs.joined([logprobs([[-5.0, -6.0]], margin=[0.5]), weighed])
+    assert joined.policy.tolist() == [[-5.0, -6.0], [-1.0, -2.0]]
+    assert {k: v.tolist() for k, v in joined.values.items()} == {"weight": [1.0, 3.0], "margin": [0.5, 0.0]}
+
+
 def test_dpo_records_rewards_and_changes():
     metrics = DPO(beta=0.5)(PAIR).metrics
     expected = {"chosen": 1.0, "rejected": -0.5, "margin": 1.5, "accuracy": 1.0}

@@ -16,10 +16,8 @@ import torch
 from torch import Tensor
 
 from lora_dpo.batching.layout import BranchLayout, sent
+from lora_dpo.losses import DEFAULT_VALUES
 from lora_dpo.tokenization import Branches
-
-DEFAULT_VALUES = {"weight": 1.0, "margin": 0.0}
-"""What an example without this value has, beside examples that have it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ at.
 
 from lora_dpo.losses.margin import DPO, EXO, IPO, DiscoPOP, Hinge, RobustDPO
 from lora_dpo.losses.objective import (
+    DEFAULT_VALUES,
     LogProbs,
     Loss,
     Needs,
@@ -37,6 +38,7 @@ __all__ = [
     "AOT",
     "BCO",
     "CPO",
+    "DEFAULT_VALUES",
     "DPO",
     "DPOP",
     "EXO",

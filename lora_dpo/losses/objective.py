@@ -27,6 +27,9 @@ NotNegative = Annotated[float, AtLeast(0)]
 Share = Annotated[float, AtLeast(0, high=1)]
 Smoothing = Annotated[float, AtLeast(0, high=0.5)]
 
+DEFAULT_VALUES = {"weight": 1.0, "margin": 0.0}
+"""What an example without this value has, beside examples that have it."""
+
 Records = Literal["pairs", "demonstrations", "ratings"]
 """What a row is read as: a pair of responses, one response to learn from, or a rated response."""
 
@@ -128,6 +131,12 @@ class LogProbs:
         sums = torch.zeros(self.lengths.numel(), dtype=torch.float64, device=values.device)
         return sums.index_add(0, self.by_token.sequences, values.double()).view(self.lengths.shape)
 
+    def _value(self, name: str) -> Tensor:
+        if name in self.values:
+            return self.values[name]
+        default = DEFAULT_VALUES[name]
+        return torch.full((len(self.lengths),), default, dtype=torch.float64, device=self.lengths.device)
+
     def to(self, device: torch.device | str) -> LogProbs:
         """The same on a device."""
         tensors = {name: getattr(self, name) for name in ("policy", "reference", "lengths")}
@@ -176,7 +185,8 @@ class LogProbs:
             return None if getattr(first, name) is None else torch.cat([getattr(p, name) for p in parts])
 
         policy, reference, lengths = (cat(name) for name in ("policy", "reference", "lengths"))
-        values = {name: torch.cat([p.values[name] for p in parts]) for name in first.values}
+        names = sorted({name for p in parts for name in p.values})
+        values = {name: torch.cat([p._value(name) for p in parts]) for name in names}
         tokens = None
         if first.tokens is not None:
             tokens = _joined_tokens([p.by_token for p in parts], [p.lengths.numel() for p in parts])

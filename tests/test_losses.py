@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +64,11 @@ def loss_of(objective: Objective, given: LogProbs) -> list[float]:
     return objective(given).per_example.tolist()
 
 
+def wrong(value: Any) -> Any:
+    """A value of a type that isn't asked for."""
+    return value
+
+
 def sigma(x: float) -> float:
     return 1 / (1 + math.exp(-x))
 
@@ -99,8 +105,8 @@ BY_HAND = {
         sigma(1.5) * math.log(sigma(1.5) / 0.9) + sigma(-1.5) * math.log(sigma(-1.5) / 0.1),
     ),
     "DiscoPOP": (
-        DiscoPOP(beta=0.5, tau=2.0),
-        (1 - sigma(0.75)) * nls(1.5) + sigma(0.75) * math.exp(-1.5),
+        DiscoPOP(beta=0.5, tau=0.5),
+        (1 - sigma(3)) * nls(1.5) + sigma(3) * math.exp(-1.5),
     ),
     "NCA": (NCA(beta=0.5), nls(1) + 0.5 * nls(-1) + 0.5 * nls(0.5)),
     "SPPO": (SPPO(beta=0.5), (2 - 1) ** 2 + (-1 + 1) ** 2),
@@ -330,6 +336,33 @@ def test_aot_refuses_weights():
     given = logprobs([[5.0, 0.0]], [[2.0, 0.0]], weight=[2.0])
     with pytest.raises(RecipeError, match="weight means nothing"):
         AOT()(given)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: WPO(of=wrong("DPO")), r"loss\.of got 'DPO'; it takes an objective"),
+        (lambda: LDDPO(of=wrong(DPO)), r"loss\.of got .*it takes an objective"),
+        (lambda: LDDPO(of=SFT()), "is for demonstrations, not pairs"),
+        (lambda: WPO(of=KTO()), "is for ratings, not pairs"),
+        (lambda: Sum(wrong((DPO, IPO())), (1.0, 1.0)), r"loss\.terms\[0\]"),
+        (lambda: Sum(wrong(DPO()), wrong(1.0)), r"loss\.terms"),
+        (lambda: Sum((DPO(), IPO()), (1.0, math.nan)), r"loss\.weights\[1\] got nan"),
+        (lambda: BCO(momentum=5), r"loss\.momentum got 5"),
+    ],
+)
+def test_objectives_around_objectives_are_checked_when_they_are_made(make, words: str):
+    with pytest.raises(RecipeError, match=words):
+        make()
+
+
+def test_beta_dpo_waits_for_a_spread_before_it_leaves_pairs_out():
+    nothing = logprobs([[0.0, 0.0]] * 5, [[0.0, 0.0]] * 5)
+    first = BetaDPO()(nothing).state
+    apart = logprobs([[1.0 * n, 0.0] for n in range(5)], [[0.0, 0.0]] * 5)
+    second = BetaDPO()(replace(apart, state={k: float(v) for k, v in first.items()}))
+    assert (second.per_example > 0).all()
+    assert float(second.state["spread"]) == pytest.approx(0.1 * math.sqrt(2)) and second.state["steps"] == 2
 
 
 def test_wpo_refuses_losses_of_ranks():

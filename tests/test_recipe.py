@@ -252,6 +252,42 @@ def test_an_objective_of_the_users_own_is_named_by_its_file_and_replayed(tmp_pat
     assert isinstance(override(RECIPE, [f"loss={script}:Squared"]).loss, type(again.loss).__mro__[1])
 
 
+INHERITING = """
+from __future__ import annotations
+from dataclasses import dataclass
+from torch import Tensor
+from lora_dpo import DPO
+from lora_dpo.losses import Positive
+
+@dataclass(frozen=True)
+class Squared(DPO):
+    goal: Positive = 1.0
+
+    def of_margin(self, margin: Tensor) -> Tensor:
+        return (margin - self.goal) ** 2
+
+class Undecorated(DPO):
+    pass
+
+class Broken(
+"""
+
+
+def test_an_own_objective_may_inherit_and_annotate_with_text(tmp_path: Path):
+    file = tmp_path / "mine.py"
+    file.write_text(INHERITING.replace("class Broken(\n", ""))
+    recipe = override(RECIPE, [f"loss={file}:Squared", "loss.goal=0.5"])
+    assert to_dict(recipe)["loss"]["objective"] == f"{file}:Squared"
+    assert to_dict(from_dict(to_dict(recipe))) == to_dict(recipe)
+    with pytest.raises(RecipeError, match=r"loss\.goal"):
+        override(recipe, ["loss.goal=0"])
+    with pytest.raises(RecipeError, match=r"put @dataclass\(frozen=True\) above class Undecorated"):
+        override(RECIPE, [f"loss={file}:Undecorated"])
+    file.write_text(INHERITING)
+    with pytest.raises(RecipeError, match=r"loss\.objective got .*SyntaxError"):
+        override(RECIPE, [f"loss={file}:Squared"])
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -163,12 +163,14 @@ class EXO(Margin):
 class DiscoPOP(Margin):
     """The log-ratio modulated loss that was found by search (Lu et al. 2024, arXiv:2406.08414, eq. 5):
     (1 − w)(−log σ(m)) + w exp(−m), with w = σ(m / τ).
+
+    tau: at most 1; above, the loss of very wrong pairs would grow without end.
     """
 
-    tau: Positive = 0.05
+    tau: Annotated[float, AtLeast(0, high=1, exclusive=True)] = 0.05
 
     def of_margin(self, margin: Tensor) -> Tensor:
         weight = torch.sigmoid(margin / self.tau)
-        # Where exp(−m) would overflow, its weight is 0: the product's limit, not 0 · ∞.
-        exponential = torch.exp((-margin).clamp(max=LARGEST_EXPONENT))
-        return (1 - weight) * -logsigmoid(margin) + weight * exponential
+        # The product as one power: its factors would be 0 and ∞ for a very wrong pair.
+        product = torch.exp(logsigmoid(margin / self.tau) - margin)
+        return (1 - weight) * -logsigmoid(margin) + product

@@ -10,11 +10,13 @@ number, so its gradient does not depend on how they were packed into micro-batch
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
+import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -43,7 +45,8 @@ class Needs:
     differentiable; both distributions are made together, so reference log-probs come from no cache.
     whole_step: the loss of an example depends on the step's others, or on state: a pass without gradients
     first, then the gradient at its log-probs, then every micro-batch again with its share.
-    trained_sides: the sides that get a gradient, where others are only looked at (whole_step). ranks: losses
+    trained_sides: the sides that get a gradient, where others are only looked at (whole_step; with tokens,
+    or adapter dropout, all sides run again all the same). ranks: losses
     belong to ranks among the step's examples, so that no example can be weighted.
     """
 
@@ -92,9 +95,9 @@ class LogProbs:
 
     policy: float64 [B, k], carries the gradient. reference: float64 [B, k] without gradient, or None for an
     objective that needs none. lengths: int64 [B, k], the number of scored tokens. values: the data's own
-    numbers by name, float64 [B]. totals: of the step that these belong to; by itself, these are the step.
-    state: what the objective returned as `Loss.state` after the last step; empty at the start, and in
-    evaluation.
+    numbers by name, float64 [B]: weight and margin of pairs, weight and desirable of ratings. totals: of the
+    step that these belong to; by itself, these are the step. state: what the objective returned as
+    `Loss.state` after the last step; empty at the start, and in evaluation.
     """
 
     policy: Tensor
@@ -233,6 +236,15 @@ class Objective:
 
     sides: ClassVar[tuple[str, ...]] = ("chosen", "rejected")
     records: ClassVar[Records] = "pairs"
+    defined_in: ClassVar[str] = __file__
+
+    def __init_subclass__(cls) -> None:
+        # The file whose `class` statement this is: what `recipe.yaml` names where no module can be imported.
+        frame = inspect.currentframe()
+        while frame is not None and frame.f_globals.get("__name__") in (__name__, "dataclasses"):
+            frame = frame.f_back
+        cls.defined_in = "" if frame is None else frame.f_code.co_filename
+        super().__init_subclass__()
 
     @property
     def needs(self) -> Needs:
@@ -253,15 +265,27 @@ class Objective:
             _check(item.name, getattr(self, item.name), hints[item.name])
 
 
-def _check(name: str, value: object, hint: object) -> None:
-    """Raise RecipeError where a number breaks its bound, or a word is none of those listed."""
-    if get_origin(hint) is Annotated:
-        bound = get_args(hint)[1]
+def _check(name: str, value: Any, hint: Any) -> None:
+    """Raise RecipeError where a number breaks its bound, a word is none of those listed, or what should be an
+    objective is none.
+    """
+    origin, options = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        if value is not None or types.NoneType not in options:
+            _check(name, value, next(option for option in options if option is not types.NoneType))
+    elif origin is tuple:
+        if not isinstance(value, tuple):
+            raise RecipeError(f"loss.{name} got {value!r}; it takes a tuple")
+        for n, item in enumerate(value):
+            _check(f"{name}[{n}]", item, options[0])
+    elif origin is Annotated:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if isinstance(bound, AtLeast) and not (number and bound.accepts(value)):  # pyright: ignore
-            raise RecipeError(f"loss.{name} got {value!r}; it takes a number {bound}")
-    elif get_origin(hint) is Literal and value not in get_args(hint):
-        raise RecipeError(f"loss.{name} got {value!r}; it takes one of {', '.join(map(str, get_args(hint)))}")
+        if isinstance(options[1], AtLeast) and not (number and options[1].accepts(value)):
+            raise RecipeError(f"loss.{name} got {value!r}; it takes a number {options[1]}")
+    elif origin is Literal and value not in options:
+        raise RecipeError(f"loss.{name} got {value!r}; it takes one of {', '.join(map(str, options))}")
+    elif hint is Objective and not isinstance(value, Objective):
+        raise RecipeError(f"loss.{name} got {value!r}; it takes an objective, such as DPO()")
 
 
 def weighted(loss: Loss, logprobs: LogProbs) -> Tensor:

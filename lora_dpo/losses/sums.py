@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lora_dpo.errors import RecipeError
 from lora_dpo.losses.margin import DPO
-from lora_dpo.losses.objective import LogProbs, Loss, Needs, Objective, Records
+from lora_dpo.losses.objective import LogProbs, Loss, Needs, NotNegative, Objective, Records
 from lora_dpo.losses.paired import ChosenSFT
 
 
@@ -23,9 +23,13 @@ class Sum(Objective):
     """
 
     terms: tuple[Objective, ...] = (DPO(), ChosenSFT())
-    weights: tuple[float, ...] = (1.0, 1.0)
+    weights: tuple[NotNegative, ...] = (1.0, 1.0)
 
     def __post_init__(self) -> None:
+        for name in ("terms", "weights"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        super().__post_init__()
         if not self.terms or len(self.terms) != len(self.weights):
             counts = f"{len(self.weights)} numbers for {len(self.terms)} loss.terms"
             raise RecipeError(f"loss.weights got {counts}; give one each")

@@ -29,6 +29,13 @@ class Wrapper(Objective):
 
     of: Objective = field(default_factory=DPO)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.of.records != "pairs":
+            raise RecipeError(
+                f"loss.of got {type(self.of).__name__}, which is for {self.of.records}, not pairs"
+            )
+
     @property
     def sides(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.of.sides

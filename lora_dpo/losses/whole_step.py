@@ -111,12 +111,14 @@ class BetaDPO(Objective):
         rewards = self.beta * logprobs.log_ratio
         gap = rewards[:, 0] - rewards[:, 1]
         metrics = preference_metrics(rewards, logprobs)
-        apart, state = gap.detach(), logprobs.state
+        apart = gap.detach()
+        # A fresh policy's pairs are all 0 apart: no spread to measure others by yet.
+        state = logprobs.state if logprobs.state.get("spread") else {}
         mean, spread = apart.mean(), apart.std(correction=0)
         after = {
             "mean": moving(state, "mean", mean, self.momentum),
             "spread": moving(state, "spread", spread, self.momentum),
-            "steps": state.get("steps", 0.0) + 1,
+            "steps": logprobs.state.get("steps", 0.0) + 1,
         }
         if not state:
             return Loss(-logsigmoid(gap), metrics, after)
@@ -151,8 +153,8 @@ class KTO(Objective):
     """
 
     beta: Positive = 0.1
-    desirable: NotNegative = 1.0
-    undesirable: NotNegative = 1.0
+    desirable: Positive = 1.0
+    undesirable: Positive = 1.0
 
     sides = ("completion", "mismatched")
     records = "ratings"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-import runpy
 import sys
+import types
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from lora_dpo.errors import RecipeError
 from lora_dpo.losses import OBJECTIVES, Objective
@@ -20,10 +22,10 @@ def objective_name(kind: type[Objective]) -> str:
     if OBJECTIVES.get(kind.__name__) is kind:
         return kind.__name__
     module = sys.modules.get(kind.__module__)
-    if kind.__module__ != "__main__" and getattr(module, kind.__qualname__, None) is kind:
+    importable = module is not None and module.__spec__ is not None and kind.__module__ != "__main__"
+    if importable and getattr(module, kind.__qualname__, None) is kind:
         return f"{kind.__module__}:{kind.__qualname__}"
-    call: Any = kind.__call__
-    return f"{os.path.abspath(call.__code__.co_filename)}:{kind.__qualname__}"
+    return f"{os.path.abspath(kind.defined_in)}:{kind.__qualname__}"
 
 
 def import_objective(name: str, key: str) -> type[Objective]:
@@ -39,13 +41,22 @@ def import_objective(name: str, key: str) -> type[Objective]:
     if not (isinstance(found, type) and issubclass(found, Objective)):
         what = "no such class" if found is None else "no lora_dpo.Objective"
         raise RecipeError(f"{key} got {name!r}: {place} has {what} {attribute}")
+    if "__dataclass_fields__" not in vars(found):
+        raise RecipeError(f"{key} got {name!r}: put @dataclass(frozen=True) above class {attribute}")
     return found
 
 
 def run_script(file: Path) -> dict[str, Any]:
     """The script's variables; it may import files beside it, as it could if python ran it."""
-    sys.path.insert(0, str(file.parent.absolute()))
+    path = file.absolute()
+    # It stays known as a module: annotations that are text are looked up there.
+    module = types.ModuleType(f"recipe_{xxhash.xxh3_64_hexdigest(str(path).encode())}")
+    module.__file__ = str(path)
+    code = compile(path.read_bytes(), str(path), "exec")
+    sys.modules[module.__name__] = module
+    sys.path.insert(0, str(path.parent))
     try:
-        return runpy.run_path(str(file), run_name="recipe")
+        exec(code, module.__dict__)
     finally:
         sys.path.pop(0)
+    return module.__dict__

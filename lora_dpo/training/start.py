@@ -102,10 +102,12 @@ def reference_cache(
     reference.
 
     None too where the reference is synchronised: each of them speaks for some steps only, so that hardly a
-    pair is met twice by the same, and a cache that is not there can't be stale.
+    pair is met twice by the same, and a cache that is not there can't be stale. And none where the objective
+    needs whole distributions, which are not kept.
     """
     wanted = recipe.training.reference_cache and not recipe.reference.sync_every
-    if not (wanted and recipe.loss.needs_reference):
+    needs = recipe.loss.needs
+    if not (wanted and needs.reference) or needs.divergence:
         return nullcontext()
     return ReferenceCache.open(model, say=display.say)
 
@@ -114,8 +116,10 @@ def check_training(recipe: Recipe) -> None:
     """What the types can't say: trackers that are there, and a metric that will be."""
     training = recipe.training
     check_trackers(training.trackers)
+    if training.best_metric is None:
+        return
     names = metric_names(recipe.loss)
-    if training.best_metric is not None and training.best_metric not in names:
+    if training.best_metric not in names:
         takes = f"it takes one of {', '.join(sorted(names))}"
         raise RecipeError(f"training.best_metric got {training.best_metric!r}; {takes}")
 

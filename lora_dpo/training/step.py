@@ -194,13 +194,21 @@ def _interleaved(parts: Sequence[LogProbs]) -> LogProbs:
     return LogProbs.joined(parts).reordered(places)
 
 
+def _sides_again(step: Step) -> tuple[int, ...] | None:
+    """The sides that run again; all (None) where fewer would see another dropout or other tokens."""
+    layers = step.model.adapter_layers
+    dropout = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for layer in layers for m in layer.modules())
+    needs = step.objective.needs
+    return None if dropout or needs.tokens else needs.trained_sides
+
+
 def _replay(step: Step, budget: int, slopes: Mapping[str, Tensor]) -> None:
     """Backward through every micro-batch, from the gradients by its log-probs.
 
     slopes: "policy" [examples, sides], and where the objective looks at tokens "tokens.policy" and
     "tokens.divergence", one for each score row in the order of the first pass.
     """
-    model, sides = step.model, step.objective.needs.trained_sides
+    model, sides = step.model, _sides_again(step)
     branches = step.branches if sides is None else [item.only(sides) for item in step.branches]
     start = 0
     for batch in pack(branches, budget, model.way):

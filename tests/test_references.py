@@ -730,8 +730,6 @@ def test_a_run_means_the_same_from_another_folder(
 def test_a_merged_model_behaves_as_base_and_adapter_did(
     recipe: Recipe, tmp_path: Path, kind: str, tied: bool
 ):
-    if kind == "DoRA":
-        pytest.skip("merged by another part")
     base = save_small_model(tmp_path / "base", tie_word_embeddings=tied)
     start = save_adapter_by_peft(tmp_path / "start", base, **KINDS[kind])
     words = [f"base.model={base}", f"adapter.start_from={start}", "training.max_steps=2"]

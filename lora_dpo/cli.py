@@ -51,15 +51,22 @@ def train_command(
     context: typer.Context,
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a .py or a .yaml file.")],
     resume: Annotated[bool, typer.Option(help="Go on with the run in the recipe's run directory.")] = False,
+    accept: Annotated[
+        str, typer.Option(metavar="WHAT,…", help="With --resume: what is meant to differ; see below.")
+    ] = "",
 ) -> None:
     """Train a recipe.
 
     Keys of the recipe can follow it: lora-dpo train RECIPE loss.beta=0.05 training.epochs=2. An unknown
     key names the nearest known one; `python RECIPE.py --help` lists them all.
+
+    A run that was stopped or killed goes on with --resume. Where the recipe, the data, the base or the
+    reference are not those that it began with it is refused, unless --accept names what is meant: data, base,
+    reference, or keys of the recipe such as training.epochs.
     """
     from lora_dpo.recipe import load_recipe
 
-    _train(load_recipe(recipe, context.args), resume)
+    _train(load_recipe(recipe, context.args), resume, _names(accept))
 
 
 @app.command("eval")
@@ -159,9 +166,9 @@ def _short(text: str, width: int = 200) -> str:
 def run(
     recipe: Recipe, arguments: Sequence[str] | None = None, *, job: Callable[..., object] | None = None
 ) -> None:
-    """What a recipe script ends with: `python recipes/NAME.py key=value … [--resume]`.
+    """What a recipe script ends with: `python recipes/NAME.py key=value … [--resume [--accept WHAT,…]]`.
 
-    job(recipe, resume=…) is what is done; training, unless something else is given. Prints errors
+    job(recipe, resume=…, accept=…) is what is done; training, unless something else is given. Prints errors
     without a traceback and exits with the status the command line would.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -171,12 +178,34 @@ def run(
         if "-h" in words or "--help" in words:
             print(recipe_help(recipe))
             return
+        accept = _taken(words, "--accept")
         resume = "--resume" in words
         recipe = override(recipe, [word for word in words if word != "--resume"])
         if job is None:
-            _train(recipe, resume)
+            _train(recipe, resume, accept)
         else:
-            _until_stopped(job, recipe, resume)
+            _until_stopped(job, recipe, resume, accept)
+
+
+def _taken(words: list[str], option: str) -> list[str]:
+    """Takes `--option a,b` or `--option=a,b` out of the words; returns its names."""
+    from lora_dpo.errors import RecipeError
+
+    names: list[str] = []
+    for place, word in reversed(list(enumerate(words))):
+        name, equals, value = word.partition("=")
+        if name != option:
+            continue
+        if not equals and place + 1 == len(words):
+            raise RecipeError(f"{option} takes what is meant to differ, such as data or loss.beta")
+        value = value if equals else words.pop(place + 1)
+        del words[place]
+        names += _names(value)
+    return names
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def recipe_help(recipe: Recipe) -> str:
@@ -185,7 +214,10 @@ def recipe_help(recipe: Recipe) -> str:
 
     script = Path(sys.argv[0]).name
     lines = [
-        f"usage: python {script} [key=value ...] [--resume]",
+        f"usage: python {script} [key=value ...] [--resume [--accept WHAT,...]]",
+        "",
+        "--resume goes on with a run that was stopped or killed. --accept names what is meant to differ from",
+        "the run that began: data, base, reference, or keys such as training.epochs.",
         "",
         "keys, their values here, what they take:",
     ]
@@ -193,39 +225,50 @@ def recipe_help(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def _train(recipe: Recipe, resume: bool) -> None:
+def _train(recipe: Recipe, resume: bool, accept: Sequence[str]) -> None:
     from lora_dpo.training import train
 
-    directory = _until_stopped(train, recipe, resume)
+    directory = _until_stopped(train, recipe, resume, accept)
     if os.environ.get("RANK", "0") == "0":
         print(f"evaluate: lora-dpo eval {directory.path}")
         print(f"export:   lora-dpo export {directory.path} --to merged")
 
 
-def _until_stopped(job: Callable[..., Any], recipe: Recipe, resume: bool) -> Any:
+def _until_stopped(job: Callable[..., Any], recipe: Recipe, resume: bool, accept: Sequence[str]) -> Any:
     """The job's result; a run that was asked to stop says how to go on and exits with the signal's status."""
     from lora_dpo.training import Stopped
 
     try:
-        return job(recipe, resume=resume)
+        return job(recipe, resume=resume, accept=accept)
     except Stopped as stopped:
-        print(stopped, file=sys.stderr)
+        _last_words(str(stopped))
         raise SystemExit(stopped.code) from None
 
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
-    """A `UserError` becomes one line and exit status 2; Ctrl-C becomes exit status 130."""
+    """A `UserError` becomes one line and exit status 2; Ctrl-C becomes 130, SIGTERM 143 and SIGHUP 129."""
     from lora_dpo.errors import UserError
+    from lora_dpo.stopping import Interrupted, Stops
 
     try:
-        yield
+        with Stops().listening():
+            yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _last_words(f"error: {error}")
         raise SystemExit(2) from None
+    except Interrupted as stop:
+        _last_words("stopped; nothing half-written is left, the same command begins again")
+        raise SystemExit(stop.code) from None
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        _last_words("stopped; nothing half-written is left, the same command begins again")
         raise SystemExit(130) from None
+
+
+def _last_words(text: str) -> None:
+    """To the terminal, if there is still one."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def tour(
     recipe: Recipe,
     *,
     resume: bool = False,
+    accept: Sequence[str] = (),
     display: Display | None = None,
     settings: BaseSettings | None = None,
 ) -> TourResult:
@@ -57,7 +58,7 @@ def tour(
     display.say(f"   {base}\n\n2. DPO on a 4-bit copy of it")
     if not resume:
         recipe = replace(recipe, run_directory=str(free_folder(Path(recipe.run_directory))))
-    directory = train(recipe, resume=resume)
+    directory = train(recipe, resume=resume, accept=accept)
     display.say("\n3. held-out evaluation")
     finished = open_finished(directory.path)
     evaluation = evaluate_run(finished, display=display)

@@ -1,6 +1,7 @@
 """Typed configuration: one schema and one parser for scripts, YAML and the command line."""
 
 from lora_dpo.recipe.adapter import Adapter, Reference
+from lora_dpo.recipe.coerce import field_names
 from lora_dpo.recipe.files import from_dict, keys_of, load_recipe, override, pinned, to_dict, to_yaml
 from lora_dpo.recipe.schema import Base, Data, Recipe, Source, Training
 
@@ -12,6 +13,7 @@ __all__ = [
     "Reference",
     "Source",
     "Training",
+    "field_names",
     "from_dict",
     "keys_of",
     "load_recipe",

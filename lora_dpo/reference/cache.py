@@ -60,14 +60,18 @@ class ReferenceCache:
 
     @classmethod
     def open(
-        cls, model: Model, *, reference: str | None = None, say: Callable[[str], None] = lambda line: None
+        cls,
+        model: Model,
+        *,
+        reference: str | None = None,
+        base: str | None = None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> ReferenceCache:
         """The cache of this model's reference as it is now, in the user's cache folder (see `cache_folder`).
 
-        reference: its fingerprint, where it is known. Hashes the base's weights as they lie in memory:
-        seconds for gigabytes.
+        reference, base: their fingerprints, where they are known; the base's takes seconds for gigabytes.
         """
-        identity = reference_identity(model, reference or reference_fingerprint(model))
+        identity = reference_identity(model, reference or reference_fingerprint(model), base=base)
         return cls(reference_folder() / f"{identity}.sqlite", identity, dtype=model.compute_dtype, say=say)
 
     @property

@@ -55,15 +55,16 @@ ADAPTER_SAYS_NOTHING = {
 """Keys of an adapter's config that do not act on what the finished adapter computes."""
 
 
-def reference_identity(model: Model, reference: str = BASE) -> str:
+def reference_identity(model: Model, reference: str = BASE, *, base: str | None = None) -> str:
     """The identity of a reference on this base: 32 hexadecimal digits.
 
-    reference: `BASE`, or the fingerprint of the adapter that is on while the reference speaks.
+    reference: `BASE`, or the fingerprint of the adapter that is on while the reference speaks. base: the
+    base's, where it is known.
     """
     causal = model.causal
     facts = {
         "engine": ENGINE,
-        "base": base_fingerprint(model),
+        "base": base or base_fingerprint(model),
         # Of a model with code of its own the module's name holds the commit of that code.
         "class": f"{type(causal).__module__}.{type(causal).__qualname__}",
         # Quantization as loaded, and what the model does to its logits, are in here too.

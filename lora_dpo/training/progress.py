@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,14 +18,46 @@ LINE_SECONDS = 10.0
 """Away from a terminal, at most one line of progress in this many seconds."""
 
 
+class _Outlived:
+    """A stream that a run may outlive: the terminal was closed, or the program behind the pipe ended."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Display:
-    """Prints what happens; `observe` is an observer. Quiet on all processes but the main one."""
+    """Prints what happens; `observe` is an observer. Quiet on all processes but the main one.
+
+    Nothing that goes wrong with the terminal reaches the run.
+    """
 
     def __init__(self, quiet: bool = False):
-        self.console = Console(file=sys.stdout, quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
+        stream = cast(IO[str], _Outlived(sys.stdout))
+        self.console = Console(file=stream, quiet=quiet, highlight=False, soft_wrap=True, emoji=False)
         self.live = self.console.is_terminal and not quiet
         self._bar: Progress | None = None
         self._last_line = -LINE_SECONDS
+
+    @property
+    def quiet(self) -> bool:
+        return self.console.quiet
+
+    @quiet.setter
+    def quiet(self, value: bool) -> None:
+        self.console.quiet = value
+        self.live = self.console.is_terminal and not value
 
     def say(self, text: str) -> None:
         """One line that stays."""

@@ -5,31 +5,63 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
 from accelerate import Accelerator
 
 from lora_dpo.errors import RecipeError, RunError
 from lora_dpo.evaluation import metric_names
 from lora_dpo.model import Model, load_config, load_model, load_tokenizer
-from lora_dpo.recipe import Recipe, load_recipe, pinned, to_dict, to_yaml
-from lora_dpo.reference import ReferenceCache
-from lora_dpo.run_directory import RunDirectory, write_text
+from lora_dpo.recipe import Recipe, field_names, pinned, to_yaml
+from lora_dpo.reference import ReferenceCache, base_fingerprint
+from lora_dpo.run_directory import RunDirectory, need_space, write_text
+from lora_dpo.stopping import Interrupted, Stops
+from lora_dpo.training.checkpoint import RECIPE
 from lora_dpo.training.data import TrainingData, prepare_data
 from lora_dpo.training.eva import start_from_data
-from lora_dpo.training.observers import Observer, check_trackers, flat
+from lora_dpo.training.keeping import Checkpoints
+from lora_dpo.training.observers import Observer, check_trackers
 from lora_dpo.training.progress import Display
-from lora_dpo.training.trainer import Trainer
+from lora_dpo.training.resuming import recipe_differences, refuse
+from lora_dpo.training.trainer import Stopped, Trainer
 
 
 def train(
-    recipe: Recipe, *, observers: Sequence[Observer] = (), resume: bool = False, quiet: bool = False
+    recipe: Recipe,
+    *,
+    observers: Sequence[Observer] = (),
+    resume: bool = False,
+    accept: Sequence[str] = (),
+    quiet: bool = False,
 ) -> RunDirectory:
     """Run a recipe: data, base and adapter, preflight, training. Returns the run directory.
 
-    observers are called with every `Record`. resume goes on with the run in the recipe's run directory.
-    Raises UserError for what the user can mend, and Stopped after SIGINT or SIGTERM.
+    observers are called with every `Record`. resume goes on with the run in the recipe's run directory, from
+    its newest whole checkpoint. accept: what may then differ from the run that began: keys or sections of the
+    recipe, "data", "base", "reference"; anything else that differs is refused.
+    Raises UserError for what the user can mend, and Stopped after SIGINT, SIGTERM or SIGHUP.
     """
+    display = Display(quiet=quiet)
+    stops = Stops(say=display.say)
+    with stops.listening():
+        try:
+            return _prepared(recipe, display, stops, observers, resume, accept)
+        except Interrupted as stop:
+            newest = sorted(RunDirectory(Path(recipe.run_directory).expanduser()).checkpoints())
+            raise Stopped(stop.number, newest[-1] if resume and newest else None, begun=resume) from None
+
+
+def _prepared(
+    recipe: Recipe,
+    display: Display,
+    stops: Stops,
+    observers: Sequence[Observer],
+    resume: bool,
+    accept: Sequence[str],
+) -> RunDirectory:
+    """Everything that needs no data, under the lock of the run directory."""
     check_training(recipe)
+    check_accept(accept, resume)
     recipe = pinned(recipe)
     run = RunDirectory.create(recipe.run_directory, resume=resume)
     accelerator = Accelerator(
@@ -39,15 +71,21 @@ def train(
         log_with=list(recipe.training.trackers) or None,
         project_dir=str(run.path),
     )
+    display.quiet = display.quiet or not accelerator.is_main_process
     check_processes(recipe, accelerator)
     with run.locked() if accelerator.is_main_process else nullcontext():
-        if resume:
-            check_same_recipe(recipe, run)
-        elif run.recipe_file.exists() and accelerator.is_main_process:
+        if not resume and run.recipe_file.exists() and accelerator.is_main_process:
             raise RunError(f"another process began a run in {run.path}: name another run_directory")
         if accelerator.is_main_process:
             run.sweep()
-        _train(recipe, run, accelerator, observers, resume, quiet)
+            need_space(run.path, 0, "a run")
+        checkpoints = Checkpoints(run, recipe.training.keep_checkpoints)
+        newest = checkpoints.newest(display.say) if resume else None
+        if resume:
+            # What can be refused at once is, before the minutes that data and base may take.
+            recorded = newest / RECIPE if newest is not None else run.recipe_file
+            refuse(recipe_differences(recipe, recorded), accept)
+        _train(recipe, run, accelerator, display, stops, checkpoints, observers, resume, newest, accept)
     return run
 
 
@@ -55,11 +93,14 @@ def _train(
     recipe: Recipe,
     run: RunDirectory,
     accelerator: Accelerator,
+    display: Display,
+    stops: Stops,
+    checkpoints: Checkpoints,
     observers: Sequence[Observer],
     resume: bool,
-    quiet: bool,
+    newest: Path | None,
+    accept: Sequence[str],
 ) -> None:
-    display = Display(quiet=quiet or not accelerator.is_main_process)
     # Everything about the data is known before the minutes that loading a large base takes.
     data = prepare_data(
         recipe.data, recipe.loss, load_tokenizer(recipe.base), seed=recipe.training.seed, display=display
@@ -67,6 +108,35 @@ def _train(
     if (recipe.training.eval_every or recipe.training.best_metric) and not data.eval:
         raise RecipeError("training.eval_every needs held-out rows: data.eval, eval_fraction or eval_last")
     check_positions(recipe, data)
+    model = _load(recipe, data, accelerator, display)
+    base = base_fingerprint(model)
+    with reference_cache(recipe, model, display, base=base) as cache:
+        trainer = Trainer(
+            recipe,
+            run,
+            model,
+            data,
+            accelerator,
+            display,
+            observers,
+            cache,
+            stops=stops,
+            checkpoints=checkpoints,
+            base=base,
+        )
+        if resume:
+            trainer.resume(newest, accept)
+        trainer.check_space()
+        trainer.preflight()
+        # A process that is late must not take this run's own recipe.yaml for an earlier run's.
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            # From here on it is a run: what failed before this line can simply be started again.
+            write_text(run.recipe_file, to_yaml(recipe))
+        trainer.run()
+
+
+def _load(recipe: Recipe, data: TrainingData, accelerator: Accelerator, display: Display) -> Model:
     started = time.monotonic()
     reference = recipe.reference if recipe.loss.needs_reference else None
     model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed, reference=reference)
@@ -82,34 +152,24 @@ def _train(
     for line in describe_kept(model), describe_reference(recipe):
         if line:
             display.say(line)
-    with reference_cache(recipe, model, display) as cache:
-        trainer = Trainer(recipe, run, model, data, accelerator, display, observers, cache)
-        if resume:
-            trainer.resume()
-        trainer.preflight()
-        # A process that is late must not take this run's own recipe.yaml for an earlier run's.
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process and not resume:
-            # From here on it is a run: what failed before this line can simply be started again.
-            write_text(run.recipe_file, to_yaml(recipe))
-        trainer.run()
+    return model
 
 
 def reference_cache(
-    recipe: Recipe, model: Model, display: Display
+    recipe: Recipe, model: Model, display: Display, *, base: str | None = None
 ) -> AbstractContextManager[ReferenceCache | None]:
     """The open cache of this model's reference; None where the recipe wants none, or no loss term needs a
     reference.
 
     None too where the reference is synchronised: each of them speaks for some steps only, so that hardly a
     pair is met twice by the same, and a cache that is not there can't be stale. And none where the objective
-    needs whole distributions, which are not kept.
+    needs whole distributions, which are not kept. base: the base's fingerprint, where it is known.
     """
     wanted = recipe.training.reference_cache and not recipe.reference.sync_every
     needs = recipe.loss.needs
     if not (wanted and needs.reference) or needs.divergence:
         return nullcontext()
-    return ReferenceCache.open(model, say=display.say)
+    return ReferenceCache.open(model, base=base, say=display.say)
 
 
 def check_training(recipe: Recipe) -> None:
@@ -149,26 +209,15 @@ def check_positions(recipe: Recipe, data: TrainingData) -> None:
         )
 
 
-MAY_CHANGE = {
-    "run_directory",
-    "data.workers",
-    "training.tokens_per_microbatch",
-    "training.gradient_checkpointing",
-    "training.save_every",
-    "training.keep_checkpoints",
-    "training.trackers",
-    "training.reference_cache",
-}
-"""Keys that a resumed run may change: they don't touch what is learned."""
-
-
-def check_same_recipe(recipe: Recipe, run: RunDirectory) -> None:
-    """Raise RunError, naming the keys, where the recipe isn't the one that the run began with."""
-    now, then = flat(to_dict(recipe)), flat(to_dict(load_recipe(run.recipe_file)))
-    differ = [k for k in now.keys() | then.keys() if now.get(k) != then.get(k) and k not in MAY_CHANGE]
-    if differ:
-        changes = ", ".join(f"{k}: {then.get(k)} → {now.get(k)}" for k in sorted(differ))
-        raise RunError(f"--resume: the recipe is not the one that {run.path} began with ({changes})")
+def check_accept(accept: Sequence[str], resume: bool) -> None:
+    """Raise RecipeError for a name that nothing could have."""
+    if accept and not resume:
+        raise RecipeError("--accept says what a resumed run may change: give --resume with it")
+    sections = field_names(Recipe)
+    for name in accept:
+        if name.partition(".")[0] not in sections:
+            takes = f"data, base, reference, or keys of the recipe ({', '.join(sections)}, each with a .key)"
+            raise RecipeError(f"--accept got {name!r}; it takes {takes}")
 
 
 def describe_kept(model: Model) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
 
-import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -21,22 +20,29 @@ from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
 from lora_dpo.losses import LogProbs
 from lora_dpo.model import REFERENCE, Model, save_adapter, sync_reference
-from lora_dpo.recipe import Recipe, to_dict
-from lora_dpo.reference import ReferenceCache, reference_fingerprint
-from lora_dpo.run_directory import RunDirectory, damage, write_folder
+from lora_dpo.recipe import Recipe, to_dict, to_yaml
+from lora_dpo.reference import ReferenceCache, base_fingerprint, reference_fingerprint
+from lora_dpo.run_directory import RunDirectory, damage, need_space, write_folder
+from lora_dpo.stopping import Interrupted, Stops
 from lora_dpo.training.checkpoint import (
+    Origin,
     TrainingState,
+    checkpoint_size,
     data_fingerprint,
+    example_hashes,
     restore_adapter,
     restore_checkpoint,
     restore_reference,
     save_checkpoint,
 )
 from lora_dpo.training.data import TrainingData
+from lora_dpo.training.keeping import Checkpoints
 from lora_dpo.training.observers import Observer, Record, metrics_file, trackers
 from lora_dpo.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display, duration
+from lora_dpo.training.resuming import checkpoint_differences, refuse, say_other_versions, versions
+from lora_dpo.training.speed import Speed
 from lora_dpo.training.step import StepSums, step_gradient, step_seed, step_totals
 
 SKIPS = 20
@@ -44,11 +50,17 @@ SKIPS = 20
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has: its state is in a checkpoint. `code` is the exit status for it."""
+    """The run was asked to stop, and has. code: the exit status for it. checkpoint: the newest, if any."""
 
-    def __init__(self, signal_number: int, folder: Path):
-        super().__init__(f"stopped; go on with --resume (last checkpoint: {folder})")
-        self.code = 128 + signal_number
+    def __init__(self, number: int, checkpoint: Path | None, *, begun: bool = True):
+        if checkpoint is not None:
+            text = f"stopped; go on with --resume (last checkpoint: {checkpoint})"
+        elif begun:
+            text = "stopped before the first checkpoint; --resume begins again from the first step"
+        else:
+            text = "stopped before the first step: nothing is lost, the same command begins again"
+        super().__init__(text)
+        self.code = 128 + number
 
 
 class Trainer:
@@ -64,7 +76,12 @@ class Trainer:
         display: Display,
         observers: Sequence[Observer] = (),
         cache: ReferenceCache | None = None,
+        *,
+        stops: Stops | None = None,
+        checkpoints: Checkpoints | None = None,
+        base: str | None = None,
     ):
+        """base: the base's fingerprint, where it is known."""
         self.recipe, self.training, self.objective = recipe, recipe.training, recipe.loss
         self.run_directory, self.model, self.data = run, model, data
         self.accelerator, self.display, self.cache = accelerator, display, cache
@@ -89,42 +106,52 @@ class Trainer:
         self.state = TrainingState(
             tokens_per_microbatch=self.training.tokens_per_microbatch,
             data=data_fingerprint(data.train),
+            held_out=data_fingerprint(data.eval),
+            base=base or base_fingerprint(model),
             reference=reference_fingerprint(model),
+            versions=versions(model),
         )
+        examples = {"train": example_hashes(data.train), "held_out": example_hashes(data.eval)}
+        self.origin = Origin(to_yaml(recipe), examples)
+        self.stops = stops or Stops()
+        self.checkpoints = checkpoints or Checkpoints(run, self.training.keep_checkpoints)
+        self.speed = Speed(0, self.steps, model.device)
         self.observers = [metrics_file(run), display.observe, *observers]
         if self.training.trackers:
             self.observers.insert(1, trackers(accelerator, "lora_dpo", to_dict(recipe)))
-        self._signal: int | None = None
         self._stop: int | None = None
-        self._saved: int | None = None
-        self._started = (0, 0.0)
+        self._saved: TrainingState | None = None
+        # Whether adapter, optimizer and counters are those of the same step, and none is being written.
+        self._settled = True
 
-    def resume(self) -> None:
-        """Take up the newest checkpoint that verifies. Raises RunError if the data or the reference changed
-        since.
+    def resume(self, folder: Path | None, accept: Sequence[str] = ()) -> None:
+        """Go on from a whole checkpoint; from the first step where there is none.
+
+        accept: what may differ from the run that began: keys or sections of the recipe, data, base,
+        reference. Raises RunError for every other difference.
         """
-        for folder in reversed(self.run_directory.checkpoints()):
-            wrong = damage(folder)
-            if wrong:
-                self.display.say(f"passed over {folder.name}: {wrong}")
-                continue
-            state = restore_checkpoint(folder, self.model, self.optimizer)
-            if state.data != self.state.data:
-                raise RunError("--resume: the training data are not those that the run began with")
-            if state.reference != self.state.reference:
-                raise RunError(f"--resume: {changed_reference(self.recipe)}")
+        if folder is not None:
+            then = restore_checkpoint(folder, self.model, self.optimizer)
+            now = self.state
+            differ = refuse(list(checkpoint_differences(folder, self.recipe, then, now, self.data)), accept)
+            say_other_versions(then.versions, now.versions, self.display.say)
+            then.changes += [f"after step {then.step}: {item}" for item in differ]
             # A smaller budget in the recipe counts, and so does one that was halved for want of memory.
-            state.tokens_per_microbatch = min(state.tokens_per_microbatch, self.state.tokens_per_microbatch)
-            self.state = state
-            if self.scaler.is_enabled() and state.loss_scale:
-                scale = {"scale": state.loss_scale, "_growth_tracker": state.loss_scale_growth}
+            then.tokens_per_microbatch = min(then.tokens_per_microbatch, now.tokens_per_microbatch)
+            for name in ("data", "held_out", "base", "reference", "versions"):
+                setattr(then, name, getattr(now, name))
+            self.state = then
+            self._saved = None if differ else copy.deepcopy(then)
+            if self.scaler.is_enabled() and then.loss_scale:
+                scale = {"scale": then.loss_scale, "_growth_tracker": then.loss_scale_growth}
                 self.scaler.load_state_dict(self.scaler.state_dict() | scale)
-            break
-        else:
-            if self.run_directory.checkpoints():
-                raise RunError(f"--resume: no checkpoint in {self.run_directory.checkpoints_folder} is whole")
         if self.accelerator.is_main_process:
-            self.run_directory.drop_records_after(self.state.step)
+            evaluated = self.state.evaluated == self.state.step
+            lost = self.run_directory.drop_records_after(self.state.step, evaluated=evaluated)
+            if lost:
+                self.display.say(
+                    f"note: metrics.jsonl is damaged in line {lost[0]}: it and its like are gone"
+                )
         self.display.say(f"resumed after step {self.state.step} of {self.steps}")
 
     def preflight(self) -> None:
@@ -140,20 +167,50 @@ class Trainer:
             say=lambda line: self.display.say(f"preflight: {line}"),
         )
 
+    def check_space(self) -> None:
+        """Raise RunError where the checkpoints that will be kept don't fit on the disk."""
+        if self.accelerator.is_main_process:
+            size = checkpoint_size(self.model, self.state, self.origin)
+            # Besides those that stay there is for a while the next one, and in the end adapter/.
+            count = self.training.keep_checkpoints + 2 + bool(self.training.best_metric)
+            count -= min(len(self.run_directory.checkpoints()), count - 1)
+            need_space(self.run_directory.path, count * size, f"the run ({count} checkpoints)")
+
     def run(self) -> None:
-        """Train to the last step, or until early stopping; then write the adapter."""
-        self._started = (self.state.step, time.monotonic())
-        if self.model.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.model.device)
-        with self._signals(), self.display.training(self.state.step, self.steps):
-            while self.state.step < self.steps and not self._stop_early():
+        """Train to the last step, or until early stopping; then write the adapter. Raises Stopped."""
+        self.speed = Speed(self.state.step, self.steps, self.model.device)
+        with self.display.training(self.state.step, self.steps):
+            try:
+                self._loop()
+            except Interrupted as stop:
+                # Of several processes only what all agreed on may be waited for.
+                if self._settled and (self._alone or self._stop is not None):
+                    self._save()
+                raise Stopped(stop.number, self.checkpoints.newest_written()) from None
+
+    def _loop(self) -> None:
+        if self.state.step and self._evaluation_due():
+            self._evaluate_and_save()  # the run was stopped before, or during, this evaluation
+        while self.state.step < self.steps and not self._stop_early():
+            with self.stops.held():
+                self._settled = False
                 metrics = self.step()
                 self._tell("step", metrics)
-                self._evaluate_and_save()
-                stop = self._signal if self.accelerator.num_processes == 1 else self._stop
-                if stop is not None:
-                    raise Stopped(stop, self._save())
-        self._finish()
+                self._settled = True
+            stop = self.stops.asked if self._alone else self._stop
+            if stop is not None:
+                raise Interrupted(stop)
+            self._evaluate_and_save()
+            if self._alone:
+                self.stops.check()
+        with self.stops.held():
+            self._finish()
+        if self._alone:
+            self.stops.check()
+
+    @property
+    def _alone(self) -> bool:
+        return self.accelerator.num_processes == 1
 
     def step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics. Raises RunError where the loss or gradient isn't a
@@ -174,7 +231,7 @@ class Trainer:
             backward=lambda loss: self.scaler.scale(loss).backward(),
             cache=self.cache,
             state=self.state.objective,
-            gather=self._gather if self.accelerator.num_processes > 1 else None,
+            gather=None if self._alone else self._gather,
         )
         self.state.tokens_per_microbatch = sums.tokens_per_microbatch
         metrics = self._means(sums, len(examples))
@@ -188,7 +245,11 @@ class Trainer:
         self.state.step += 1
         self.state.objective = {name: float(value) for name, value in sums.state.items()}
         self._sync_reference()
-        return metrics | self._speed(metrics["tokens"], examples, began)
+        metrics["tokens_per_microbatch"] = self.state.tokens_per_microbatch
+        speed = self.speed.metrics(
+            self.state.step, tokens=metrics["tokens"], examples=len(examples), began=began
+        )
+        return metrics | speed
 
     def _gather(self, own: LogProbs) -> tuple[list[LogProbs], int]:
         """Every process's log-probs of the step, for objectives that look at all of it."""
@@ -208,7 +269,7 @@ class Trainer:
         With loss scaling, an overflow skips the update and lowers the scale; the norm of that step is 0.
         """
         parameters = list(self.model.trainable.values())
-        if self.accelerator.num_processes > 1:
+        if not self._alone:
             self._add_up([p.grad for p in parameters if p.grad is not None])
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm or math.inf).item()
@@ -241,40 +302,34 @@ class Trainer:
         """The step's metrics over all processes, read back from the device in one piece."""
         names = sorted(sums.metrics)
         values = torch.stack([sums.loss.double(), *(sums.metrics[n].double() for n in names)])
-        own = torch.tensor([sums.tokens, self._signal or 0], dtype=torch.float64, device=values.device)
+        own = torch.tensor([sums.tokens, self.stops.asked or 0], dtype=torch.float64, device=values.device)
         total = cast(torch.Tensor, self.accelerator.reduce(torch.cat([values, own]), "sum"))
         loss, *totals, tokens, stop = total.tolist()
         # All processes stop at the same step, whichever of them heard of the signal.
-        self._stop = self._signal or (signal.SIGTERM if stop else None)
+        self._stop = (self.stops.asked or signal.SIGTERM) if stop else None
         means = {name: total / examples for name, total in zip(names, totals, strict=True)}
         return {"loss": loss, **means, "tokens": tokens}
 
-    def _speed(self, tokens: float, examples: Sequence[int], began: float) -> dict[str, float]:
-        seconds = max(time.monotonic() - began, 1e-9)
-        first, start = self._started
-        left = (time.monotonic() - start) / (self.state.step - first) * (self.steps - self.state.step)
-        return {
-            "tokens_per_second": tokens / seconds,
-            "pairs_per_second": len(examples) / seconds,
-            "peak_memory_gib": peak_memory_gib(self.model.device),
-            "tokens_per_microbatch": self.state.tokens_per_microbatch,
-            "seconds": seconds,
-            "seconds_left": left,
-        }
+    def _evaluation_due(self) -> bool:
+        step, every = self.state.step, self.training.eval_every
+        due = step == self.steps or bool(every and step % every == 0)
+        return bool(self.data.eval) and due and self.state.evaluated != step
 
     def _evaluate_and_save(self) -> None:
         step, last = self.state.step, self.state.step == self.steps
         better = False
-        due = self.training.eval_every and step % self.training.eval_every == 0
-        if self.data.eval and (due or last):
-            better = self._evaluate()
+        if self._evaluation_due():
+            # A signal breaks it off: it is done again after --resume. Several processes would not agree.
+            with nullcontext() if self._alone else self.stops.held():
+                result = self._evaluate()
+            with self.stops.held():
+                better = self._take(result)
         due = self.training.save_every and step % self.training.save_every == 0
         if due or last or better or self._stop_early():
             self._save()
 
-    def _evaluate(self) -> bool:
-        """Tell the observers the held-out metrics; True if the best metric so far is this one."""
-        result = evaluate(
+    def _evaluate(self) -> dict[str, float]:
+        return evaluate(
             self.model,
             self.objective,
             self.data.eval,
@@ -282,7 +337,11 @@ class Trainer:
             intervals=False,
             cache=self.cache,
         ).means()
+
+    def _take(self, result: dict[str, float]) -> bool:
+        """Tell the observers the held-out metrics; True if the best metric so far is this one."""
         self._tell("evaluation", {f"eval/{name}": value for name, value in result.items()})
+        self.state.evaluated = self.state.step
         metric = self.training.best_metric
         if metric is None:
             return False
@@ -307,32 +366,35 @@ class Trainer:
             for observe in self.observers:
                 observe(record)
 
-    def _save(self) -> Path:
-        folder = self.run_directory.checkpoint_folder(self.state.step)
-        if self._saved == self.state.step:
-            return folder
-        self._saved = self.state.step
+    def _save(self) -> None:
+        """A checkpoint of this step, unless the newest one is."""
         if self.scaler.is_enabled():
             scale = self.scaler.state_dict()
             self.state.loss_scale, self.state.loss_scale_growth = scale["scale"], scale["_growth_tracker"]
-        if self.accelerator.is_main_process:
-            save_checkpoint(folder, self.model, self.optimizer, self.state)
-            best = (
-                self.run_directory.checkpoint_folder(self.state.best_step) if self.state.best_step else None
-            )
-            self.run_directory.forget_checkpoints(self.training.keep_checkpoints, best)
-        self.accelerator.wait_for_everyone()
-        return folder
+        if self._saved == self.state:
+            return
+        with self.stops.held():
+            self._settled = False
+            if self.accelerator.is_main_process:
+                self._write_checkpoint()
+            self.accelerator.wait_for_everyone()
+            self._saved, self._settled = copy.deepcopy(self.state), True
+
+    def _write_checkpoint(self) -> None:
+        run, best_step = self.run_directory, self.state.best_step
+        folder = run.checkpoint_folder(self.state.step)
+        need_space(
+            run.path, checkpoint_size(self.model, self.state, self.origin), f"checkpoint {folder.name}"
+        )
+        run.sync_records()
+        save_checkpoint(folder, self.model, self.optimizer, self.state, self.origin)
+        self.checkpoints.written(folder, run.checkpoint_folder(best_step) if best_step else None)
 
     def _finish(self) -> None:
         """Write adapter/: the best checkpoint's where a metric chooses, else the last step's."""
-        run, chosen = self.run_directory, self.state.best_step or self.state.step
-        if chosen != self.state.step:
-            restore_adapter(run.checkpoint_folder(chosen) / "adapter", self.model)
-            restore_reference(run.checkpoint_folder(chosen), self.model)
-            self.display.say(
-                f"the best {self.training.best_metric} was at step {chosen}: that adapter is kept"
-            )
+        run = self.run_directory
+        self._settled = False
+        self._choose_best()
         if self.accelerator.is_main_process:
             if self.model.reference_adapters:
                 # With it the run is complete: what it started from may be moved or deleted.
@@ -341,53 +403,25 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.training.trackers:
             self.accelerator.end_training()
-        took = duration(time.monotonic() - self._started[1])
+        took = duration(self.speed.seconds)
         self.display.say(f"trained {self.state.step} steps in {took}; the adapter is in {run.adapter_folder}")
+
+    def _choose_best(self) -> None:
+        chosen, metric = self.state.best_step or self.state.step, self.training.best_metric
+        if chosen == self.state.step:
+            return
+        folder = self.run_directory.checkpoint_folder(chosen)
+        wrong = damage(folder)
+        if wrong is not None:
+            self.display.say(
+                f"note: the best {metric} was at step {chosen}, but {folder.name} is damaged ({wrong}): the"
+                " adapter of the last step is kept"
+            )
+            return
+        restore_adapter(folder / "adapter", self.model)
+        restore_reference(folder, self.model)
+        self.display.say(f"the best {metric} was at step {chosen}: that adapter is kept")
 
     def _fill_adapter(self, part: Path) -> None:
         save_adapter(self.model, part)
         self.data.tokenizer.save(part)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after the step at hand; a second one ends it at once."""
-
-        def ask(number: int, _: object) -> None:
-            if self._signal is not None:
-                raise KeyboardInterrupt
-            self._signal = number
-            self.display.say("stopping after this step; once more stops at once")
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        try:
-            before = [signal.signal(number, ask) for number in numbers]
-        except ValueError:  # not in the main thread: the caller's program owns the signals
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
-
-
-def changed_reference(recipe: Recipe) -> str:
-    """What to tell whoever resumes a run on another reference than it began with."""
-    folder = recipe.reference.adapter or recipe.adapter.start_from
-    return (
-        "the reference is not the one that the run began with"
-        + (f": the adapter in {folder} was changed since" if folder else "")
-        + ". Put it back, or begin a new run"
-    )
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """CUDA: the most that tensors took so far. CPU: the most that the process had resident so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset / 2**30
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

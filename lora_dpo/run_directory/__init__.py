@@ -1,0 +1,22 @@
+"""What a run leaves on disk, and how: whole files, by one rename.
+
+directory.py  the folder of a run and what lies in it
+writing.py    files and folders that appear whole; room for them
+manifest.py   whether a folder is what was written
+"""
+
+from lora_dpo.run_directory.directory import RunDirectory, cache_folder
+from lora_dpo.run_directory.manifest import MANIFEST, damage
+from lora_dpo.run_directory.writing import delete_folder, in_words, need_space, write_folder, write_text
+
+__all__ = [
+    "MANIFEST",
+    "RunDirectory",
+    "cache_folder",
+    "damage",
+    "delete_folder",
+    "in_words",
+    "need_space",
+    "write_folder",
+    "write_text",
+]

@@ -1,0 +1,141 @@
+"""Writing so that a reader, or whoever comes after a crash, sees the old or the new, never a part."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from lora_dpo.errors import RunError
+from lora_dpo.run_directory.manifest import MANIFEST, manifest_of
+
+SPARE = 2**20
+"""Bytes left free beside what is to be written: metrics, and what file systems keep for themselves."""
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole, by one rename after fsync. Raises RunError; the old content is then still there."""
+    part = file.with_name(f".{file.name}.part")
+    try:
+        try:
+            with part.open("w", encoding="utf-8") as out:
+                out.write(text)
+                out.flush()
+                os.fsync(out.fileno())
+            os.replace(part, file)
+            sync(file.parent)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise RunError(f"cannot write {file}: {error.strerror}") from error
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool = False) -> None:
+    """Fill a folder beside its place, sync it, then put it in its place by one rename.
+
+    What was there before stays until then. Whatever `fill` raises, nothing is left of the new one. Raises
+    RunError where the system refuses to write.
+    """
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    try:
+        try:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+            fill(part)
+            if manifest:
+                (part / MANIFEST).write_bytes(manifest_of(part))
+            for file in part.rglob("*"):
+                sync(file)
+            sync(part)
+            _put_in_place(part, folder, old)
+            sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {folder}: {error}") from error
+
+
+def _put_in_place(part: Path, folder: Path, old: Path) -> None:
+    if not folder.exists():
+        os.replace(part, folder)
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    try:
+        # A process that dies between these two leaves the old one for `restore_or_sweep`.
+        os.replace(part, folder)
+    except BaseException:
+        os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder; whoever dies meanwhile leaves none that looks whole. Raises RunError."""
+    gone = folder.with_name(f".{folder.name}.gone")
+    try:
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(folder, gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise RunError(f"cannot delete {folder}: {error}") from error
+
+
+def restore_or_sweep(parent: Path) -> None:
+    """Remove what a dead process left half-written or half-deleted; a folder that it was about to replace
+    comes back. Raises RunError.
+    """
+    try:
+        for old in parent.glob(".*.old"):
+            place = old.with_name(old.name[1 : -len(".old")])
+            shutil.rmtree(old) if place.exists() else os.replace(old, place)
+        for left in [*parent.glob(".*.part"), *parent.glob(".*.gone")]:
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+    except OSError as error:
+        raise RunError(f"cannot clear {parent}: {error}") from error
+
+
+def need_space(folder: Path, size: int, what: str) -> None:
+    """Raise RunError if `size` bytes and some to spare aren't free where a folder lies, or will lie."""
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        free = shutil.disk_usage(place).free
+    except OSError:
+        return  # not told: a write will say so
+    if free < size + SPARE:
+        raise RunError(
+            f"{what} takes {in_words(size)}, and {in_words(free)} are free in {place}: make room there, or"
+            " name a folder on another disk"
+        )
+
+
+def in_words(size: int) -> str:
+    return f"{size / 2**30:,.1f} GiB" if size >= 2**30 else f"{max(size, 0) / 2**20:,.1f} MiB"
+
+
+def sync(path: Path) -> None:
+    """Have the system write a file, or a folder's names, to the disk. Raises OSError."""
+    if os.name == "nt":
+        return  # Windows syncs neither folders nor what is open for reading only
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some network file systems have no fsync for folders; a full disk is another matter.
+        if not path.is_dir() or error.errno not in _NO_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+_NO_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -232,3 +232,23 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_begins(
     with pytest.raises(RunError, match=r"the run \(4 checkpoints\) takes .* are free"):
         train(recipe, quiet=True)
     assert not run_of(recipe).recipe_file.exists()
+
+
+def test_a_finished_adapter_that_was_damaged_is_refused_and_written_again(recipe: Recipe, tmp_path: Path):
+    from lora_dpo.export import export_adapter
+    from lora_dpo.finished import open_finished
+
+    recipe = override(recipe, ["training.max_steps=1"])
+    run = train(recipe, quiet=True)
+    (run.adapter_folder / "notes.txt").write_text("mine")
+    open_finished(run.path)
+    file = run.adapter_folder / "adapter_model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors is changed.*--resume"):
+        open_finished(run.path)
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors is changed"):
+        export_adapter(run, tmp_path / "export")
+    train(recipe, resume=True, quiet=True)
+    assert file.read_bytes() == content
+    assert (export_adapter(run, tmp_path / "export") / file.name).read_bytes() == content

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,6 +18,11 @@ from peft import LoraConfig
 from torch import Tensor
 
 from lora_dpo.errors import ModelError
+
+if sys.version_info >= (3, 11):
+    from re import _parser  # pyright: ignore[reportAttributeAccessIssue]
+else:
+    import sre_parse as _parser
 
 IGNORED = {
     "auto_mapping",
@@ -105,7 +111,8 @@ def lora_config(values: Mapping[str, Any], what: str) -> LoraConfig:
     known = {field.name for field in dataclasses.fields(LoraConfig)} - IGNORED
     taken = {name: value for name, value in values.items() if name in known and value is not None}
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             return LoraConfig(**taken)
     except Exception as error:  # whatever peft's own checks raise over odd values
         raise ModelError(f"{what} cannot be used: {type(error).__name__}: {error}") from error
@@ -140,7 +147,8 @@ def _check_pattern(pattern: str, what: str) -> None:
     """Raise ModelError for an expression that could take for ever: repetitions in repetitions, or many."""
     reason = None
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             repeats = _repeats(_parser.parse(pattern)) if len(pattern) <= 4096 else 99
     except (re.error, RecursionError, OverflowError) as error:
         reason = f"which is no regular expression ({error})"
@@ -149,9 +157,6 @@ def _check_pattern(pattern: str, what: str) -> None:
             reason = "a regular expression that could take for ever"
     if reason:
         raise ModelError(f"{what} cannot be used: it names modules by {pattern!r:.80}, {reason}")
-
-
-_parser: Any = getattr(re, "_parser", None) or __import__("sre_parse")
 
 
 def _repeats(parsed: Any, inside: bool = False) -> int:

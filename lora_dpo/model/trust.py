@@ -46,8 +46,8 @@ def check_folder(folder: Path) -> None:
         _check_config(read_json(config, "base.model"), config)
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"base.model: {folder} holds an adapter: give the model under it as base.model, and this folder as"
-            " adapter.start_from"
+            f"base.model: {folder} holds an adapter: give the model under it as base.model, and this"
+            " folder as adapter.start_from"
         )
     if (folder / ".metadata").exists():
         raise ModelError(f"base.model: {folder} holds a distributed checkpoint; save it as safetensors")

@@ -13,7 +13,7 @@ MOST = 100_000
 
 
 def parse_yaml(text: str) -> Any:
-    """The values of YAML text. Raises yaml.YAMLError for what is none, has no end, or names Python objects."""
+    """The values of YAML text. Raises yaml.YAMLError for other text, endless values and Python objects."""
     if len(text) > LARGEST:
         raise yaml.YAMLError(f"it has {len(text):,} characters; {LARGEST:,} are taken")
     try:

@@ -111,7 +111,7 @@ def record(shape: int, text: Callable[[bool], str], *, system: bool, spoken: boo
         tools = ({"type": "function", "function": function},)
     kwargs = {"note": text(True)} if rng.random() < 0.5 else {}
     sides = [({"role": "assistant", "content": text(spoken) + end},) for end in (" yes.", " no.")]
-    return Preference(tuple(turns), *sides, HERE, tools, kwargs)
+    return Preference(tuple(turns), sides[0], sides[1], HERE, tools, kwargs)
 
 
 class Attack:

@@ -60,7 +60,11 @@ class Reading:
 
 
 class Template:
-    """The tokenizer's chat template, or the one given: Jinja text or the path of a file with it."""
+    """The tokenizer's chat template, or the one given: Jinja text or the path of a file with it.
+
+    It runs in transformers' sandbox: it reaches no attribute, file or module of Python, and ranges end at
+    100,000. What nothing there bounds is time and memory: loops in loops, or a text repeated without end.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str | None) -> None:
         self._tokenizer = tokenizer

@@ -6,6 +6,8 @@ The public names load on first use, so that `import lora_dpo` and `lora-dpo --he
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +59,12 @@ if TYPE_CHECKING:
     from lora_dpo.training import Record, preflight, train
 
 __version__ = "0.1.0"
+
+# The package `kernels` downloads code and runs it; transformers and bitsandbytes do without where it is not.
+sys.modules.setdefault("kernels", None)  # pyright: ignore[reportArgumentType]
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
+# Nor is a model with pickled weights to be taken from a converted copy that a third party uploaded.
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 # bitsandbytes recommends a package that downloads code at run time; the kernels it has are used instead.
 logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "kernels" not in str(record.msg))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -52,8 +54,9 @@ def test_the_tour_goes_the_whole_way_and_uses_what_it_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """A hundredth of the work, so that it ends in seconds; its figures are those of a model that knows
-    nothing.
+    nothing. And not one socket to another machine is asked for, though nothing says offline.
     """
+    asked = no_network(monkeypatch)
     monkeypatch.setenv("LORA_DPO_CACHE", str(tmp_path / "cache"))
     settings = BaseSettings(
         demonstrations=64, width=64, layers=1, heads=1, mlp=64, preferences=24, held_out=8
@@ -77,3 +80,36 @@ def test_the_tour_goes_the_whole_way_and_uses_what_it_kept(
     assert (tmp_path / "run-2" / "quickstart.json").is_file(), "a second run gets a folder of its own"
     assert replace(again, seconds=0) == replace(result, seconds=0)
     assert "Everything lies in" in capsys.readouterr().out
+    assert asked == []
+    with pytest.raises(OSError, match="no network"):
+        socket.create_connection(("huggingface.co", 443))
+    assert asked, "the block itself works"
+
+
+def no_network(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Refuse every connection and look-up of a name but those inside this machine; gives what was asked for.
+
+    Sockets between processes (AF_UNIX) stay: torch and the forks of a tokenizer may use them.
+    """
+    asked: list[object] = []
+
+    def refuse(address: object) -> NoReturn:
+        asked.append(address)
+        raise OSError(f"no network: {address!r}")
+
+    class Blocked(socket.socket):
+        def connect(self, address: Any) -> None:
+            if self.family != socket.AF_UNIX:
+                refuse(address)
+            super().connect(address)
+
+        def connect_ex(self, address: Any) -> int:
+            if self.family != socket.AF_UNIX:
+                refuse(address)
+            return super().connect_ex(address)
+
+    monkeypatch.setattr(socket, "socket", Blocked)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *address, **_: refuse(address))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return asked

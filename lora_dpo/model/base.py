@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 from transformers.utils import logging as hf_logging
 
 from lora_dpo.attention import NAME as BRANCH_ATTENTION
 from lora_dpo.batching import Way
 from lora_dpo.errors import ModelError
 from lora_dpo.model.fused import check_fused_kernels, fuse_kernels
+from lora_dpo.model.trust import check_folder, check_size, check_weights, without_hints
 from lora_dpo.probe import Verdict, probe, without_noise
 from lora_dpo.recipe import Base
 
@@ -55,19 +57,23 @@ def load_base(base: Base, way: Way = "shared") -> PreTrainedModel:
     config = _read_config(base)
     without_noise(config)
     stored = _stored_quantization(config)
+    _check_loadable(base, config)
     if stored is not None:
         # What it computes in is the recipe's; so is the threshold (see `quantization_config`).
         name = str(dtype).removeprefix("torch.")
         config.quantization_config = {**stored, "bnb_4bit_compute_dtype": name, "llm_int8_threshold": 0.0}
-    network = _from_pretrained(
+    network, loaded = _from_pretrained(
         AutoModelForCausalLM,
         base,
+        use_safetensors=True,
+        output_loading_info=True,
         config=config,
         dtype=dtype,
         device_map={"": device},
         quantization_config=None if stored is not None else quantization_config(base, dtype),
         **({"attn_implementation": BRANCH_ATTENTION} if way == "shared" else {}),
     )
+    _check_complete(base, loaded)
     if stored is not None:
         _compute_in(network, dtype)
     for parameter in network.parameters():
@@ -77,6 +83,30 @@ def load_base(base: Base, way: Way = "shared") -> PreTrainedModel:
     if base.fused_kernels:
         fuse_kernels(network)
     return network
+
+
+def _check_loadable(base: Base, config: Any) -> None:
+    """Raise ModelError before memory is taken for weights that can't be had."""
+    local = _local(base)
+    if local is None:
+        # Given an adapter, transformers would take the base that it names instead.
+        if _call(base, lambda: find_adapter_config_file(base.model, revision=base.revision)) is not None:
+            raise ModelError(
+                f"base.model {base.model} is an adapter, or holds one: give the model under it as base.model"
+            )
+        return
+    check_weights(local)
+    _call(base, lambda: check_size(config, local, trust_remote_code=base.trust_remote_code))
+
+
+def _check_complete(base: Base, loaded: Mapping[str, Any]) -> None:
+    """Raise ModelError for weights that the files lack: they were made up at random."""
+    missing = sorted(map(str, loaded.get("missing_keys", ())))
+    if missing:
+        raise ModelError(
+            f"base.model {base.model} cannot be loaded: its weights lack {missing[0]}, and"
+            f" {len(missing) - 1} others"
+        )
 
 
 def load_tokenizer(base: Base) -> PreTrainedTokenizerBase:
@@ -96,6 +126,7 @@ def load_config(base: Base) -> Any:
 
 def _read_config(base: Base) -> Any:
     config = _from_pretrained(AutoConfig, base)
+    without_hints(config)
     stored = _stored_quantization(config)
     if stored is not None:
         check_stored(base, stored)
@@ -106,7 +137,9 @@ def _stored_quantization(config: Any) -> dict[str, Any] | None:
     """What a checkpoint says of its own quantization."""
     found = getattr(config, "quantization_config", None)
     found = getattr(config.get_text_config(), "quantization_config", None) if found is None else found
-    return found if found is None or isinstance(found, dict) else found.to_dict()
+    if found is None or isinstance(found, dict):
+        return found
+    return found.to_dict() if hasattr(found, "to_dict") else {"quant_method": str(found)[:80]}
 
 
 def check_stored(base: Base, stored: Mapping[str, Any]) -> None:
@@ -179,24 +212,46 @@ def _what(module: nn.Module, weight: Tensor, network: PreTrainedModel) -> str:
 
 def _from_pretrained(auto: Any, base: Base, **arguments: Any) -> Any:
     """`auto.from_pretrained`, with its errors put in terms of the recipe's keys."""
-    local = Path(base.model).expanduser()
-    if base.model.startswith((".", "/", "~")) and not local.is_dir():
-        raise ModelError(f"base.model: there is no folder {base.model}")
-    if local.is_dir() and base.revision is not None:
-        raise ModelError(f"base.revision got {base.revision!r}; a local folder, {base.model}, has none")
+    local = _local(base)
+    if local is not None:
+        check_folder(local)
+    place = base.model if local is None else str(local)
+    return _call(
+        base,
+        lambda: auto.from_pretrained(
+            place, revision=base.revision, trust_remote_code=base.trust_remote_code, **arguments
+        ),
+    )
+
+
+def _local(base: Base) -> Path | None:
+    """The base's folder, None for a hub id. Raises ModelError for a folder that isn't there."""
     try:
-        return auto.from_pretrained(
-            str(local) if local.is_dir() else base.model,
-            revision=base.revision,
-            trust_remote_code=base.trust_remote_code,
-            **arguments,
-        )
-    except (OSError, ValueError, ImportError) as error:
+        local = Path(base.model).expanduser()
+        is_there = local.is_dir()
+    except (OSError, ValueError, RuntimeError) as error:  # a name that can't be a path at all
+        raise ModelError(f"base.model got {base.model!r:.80}: {error}") from error
+    if base.model.startswith((".", "/", "~")) and not is_there:
+        raise ModelError(f"base.model: there is no folder {base.model}")
+    if is_there and base.revision is not None:
+        raise ModelError(f"base.revision got {base.revision!r}; a local folder, {base.model}, has none")
+    return local if is_there else None
+
+
+def _call(base: Base, load: Callable[[], Any]) -> Any:
+    """What `load` gives. Whatever transformers raises over somebody else's files becomes a ModelError."""
+    try:
+        return load()
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
         reason = str(error).strip().split("\n")[0]
         if "trust_remote_code" in str(error):
             reason = (
                 "it comes with Python code of its own; read that code, then set base.trust_remote_code=true"
             )
+        elif not isinstance(error, (OSError, ValueError, ImportError)):
+            reason = f"{type(error).__name__}: {reason}"
         raise ModelError(f"base.model {base.model} cannot be loaded: {reason}") from error
 
 

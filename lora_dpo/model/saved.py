@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import warnings
 from dataclasses import dataclass
 from operator import attrgetter
@@ -20,13 +19,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.errors import ModelError, RecipeError
+from lora_dpo.model.adapter_config import check_tensors, lora_config
+from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Adapter
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -93,23 +93,22 @@ def find_adapter(path: str, key: str) -> Path:
 def read_adapter(path: str, key: str) -> SavedAdapter:
     """An adapter from its folder. Raises ModelError for what can't be used, with the reason."""
     folder = find_adapter(path, key)
-    try:
-        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{key}: {folder / CONFIG} cannot be read: {error}") from error
-    _refuse_unusual(values, f"{key}: the adapter in {folder}")
+    what = f"{key}: the adapter in {folder}"
+    values = read_json(folder / CONFIG, key)
+    _refuse_unusual(values, what)
     if not (folder / TENSORS).is_file():
         raise ModelError(f"{key}: there is no {TENSORS} in {folder} (pickled .bin files are not opened)")
+    config = lora_config(values, what)
     try:
         tensors = load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
+    except Exception as error:  # what safetensors and torch raise over odd headers is of many kinds
         raise ModelError(f"{key}: {folder / TENSORS} cannot be read: {error}") from error
-    config = cast(LoraConfig, LoraConfig.from_pretrained(str(folder)))
+    check_tensors(config, tensors, what)
     return SavedAdapter(config, tensors, key, str(folder))
 
 
 def _refuse_unusual(values: dict[str, Any], what: str) -> None:
-    kind, task = values.get("peft_type"), values.get("task_type")
+    kind, task = (str(values[name]) if values.get(name) else None for name in ("peft_type", "task_type"))
     if kind != "LORA":
         raise ModelError(f"{what} is of the kind {kind}; LoRA adapters are taken")
     if task not in (None, "CAUSAL_LM"):
@@ -180,8 +179,10 @@ def put_on(
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     try:
         adapted = _added(network, config, name)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise _does_not_fit(saved, str(error)) from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a config that is anybody's makes peft raise anything
+        raise _does_not_fit(saved, f"{error}") from error
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
     ask_for_own_tokens(adapted)

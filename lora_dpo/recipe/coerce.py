@@ -21,6 +21,7 @@ import yaml
 from lora_dpo.errors import RecipeError
 from lora_dpo.losses import OBJECTIVES, Objective
 from lora_dpo.recipe.own import import_objective
+from lora_dpo.recipe.yaml_text import parse_yaml
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,9 @@ def _structured(value: Any, key: str) -> Any:
     if not (isinstance(value, str) and value[:1] in "[{" and value):
         return value
     try:
-        return yaml.safe_load(value)
+        return parse_yaml(value)
     except yaml.YAMLError as error:
-        raise RecipeError(f"{key}: {value!r} is not a YAML list or mapping: {error}") from None
+        raise RecipeError(f"{key}: {reprlib.repr(value)} is not a YAML list or mapping: {error}") from None
 
 
 def hints_of(cls: type) -> dict[str, Any]:

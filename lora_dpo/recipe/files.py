@@ -24,13 +24,15 @@ from lora_dpo.recipe.coerce import (
 )
 from lora_dpo.recipe.own import objective_name, run_script
 from lora_dpo.recipe.schema import Recipe, Source
+from lora_dpo.recipe.yaml_text import parse_yaml
 
 
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
     """The recipe of a `.py` file (its variable `recipe`) or a `.yaml` file, with `key=value` overrides.
 
     Raises RecipeError where the file or a key is wrong. A `.py` file is run, so it is as trusted as any
-    script.
+    script. A `.yaml` file holds plain values, with two that run code: read what it says under
+    base.trust_remote_code, and under loss.objective where that is no name but "file.py:Class".
     """
     file = Path(path)
     if not file.is_file():
@@ -47,7 +49,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 def _read_yaml(file: Path) -> Mapping[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values = parse_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{file} is not YAML: {error}") from None
     if not isinstance(values, Mapping):

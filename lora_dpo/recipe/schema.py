@@ -74,7 +74,8 @@ class Data(Section):
     train: one source or several: paths, hub ids, or (from Python) a `datasets.Dataset`.
     eval: sources held out; or give eval_fraction (a share of the prompts) or eval_last (the last n rows of
     the training source). max_rows, max_eval_rows: caps on the rows used.
-    format: "auto" recognises the layout row by row; "text" takes already rendered strings as they are.
+    format: "auto" recognises the layout row by row; "text" takes already rendered strings as they are: what
+    looks like a control token in them is one, so they must come from somebody you trust.
     chat_template: a Jinja template, or the path of a file that holds one, instead of the tokenizer's own.
     max_tokens: longest side, prompt and response. max_prompt_tokens: longest prompt; its end is kept.
     on_bad_row: "stop" at the first row that cannot be used, or "skip" and count by reason.

@@ -50,9 +50,7 @@ class ChatTokenizer:
         self._controls = ControlStrings(tokenizer)
         self._encoder = Encoder(tokenizer, self._controls)
         self._template = Template(tokenizer, chat_template)
-        probe = self._probe()
-        if probe is not None:
-            self._controls.set_structure(control.string for control in probe.whole.controls)
+        self._controls.set_structure(self._structure())
 
     @property
     def chat_template(self) -> str | None:
@@ -244,6 +242,12 @@ class ChatTokenizer:
     def _text_ends(self) -> tuple[str, ...]:
         """Strings that end a response which is already rendered: EOS, or any special token."""
         return tuple(text for text in self._controls.special if self._controls.ends_turns(text))
+
+    def _structure(self) -> set[str]:
+        """Control strings that the template's source names, or that it writes in a small conversation."""
+        probe, source = self._probe(), self._template.source
+        written = {control.string for control in probe.whole.controls} if probe else set()
+        return written.union(self._controls.pattern.findall(source))
 
     def _probe(self) -> Rendering | None:
         """A small conversation in this template; None if there is no template, or it refuses that."""

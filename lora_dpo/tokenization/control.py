@@ -4,7 +4,8 @@ A tokenizer's added tokens are matched as strings before anything else, so a use
 would end a turn. Every added token counts as a control string, except those that stand for plain text:
 whitespace, words (a vocabulary somebody extended), and the HTML tags of Gemma's vocabulary. In assistant
 turns the model's own tools of speech are allowed: added tokens that are not special and not part of the
-turn structure, such as `<think>` or `<tool_call>`.
+turn structure, such as `<think>` or `<tool_call>`. What tokenizers call special varies and proves nothing:
+whatever the template writes, and whatever has the form of a turn's frame, is structure as well.
 """
 
 from __future__ import annotations
@@ -20,6 +21,18 @@ from transformers import PreTrainedTokenizerBase
 _HTML = "table|caption|thead|tbody|tfoot|tr|th|td|h[1-6]|blockquote|strong|em|b|i|u|sub|sup|code"
 _PLAIN = re.compile(rf"[\w\s▁]+|</?(?:{_HTML})>")
 _SPEECH = re.compile(r"think|thought|reason|tool|function", re.IGNORECASE)
+_SPOKEN = re.compile(
+    r"think|thought|reason|(tool|function)[\W_]?(calls?|sep)(?![a-z])|(?<![a-z])arg", re.IGNORECASE
+)
+"""Strings that an assistant itself writes to reason and to call tools; results of tools are not its own."""
+_FRAME = re.compile(
+    r"<[|\uff5c].*|.*[|\uff5c]>|\[/?[A-Z_ ]+\]|<</?\w+>>|</?s>"
+    r"|<(bos|eos|pad|unk|mask|cls|sep)>|<(unused|reserved)\w*>"
+    r"|</?\W*(system|developer|user|human|assistant|bot|model|observation)\W*>"
+    r"|.*(tool|function|(start|begin|end)[\W_]?of).*",
+    re.IGNORECASE,
+)
+"""What strings of the turn structure look like in the designs that are in use."""
 _PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
 _NAME_LIKE = re.compile(r"[\w.:/\-]*")
 _STRUCTURE_KEYS = frozenset({"role", "type", "id", "tool_call_id"})
@@ -30,7 +43,7 @@ class ControlStrings:
 
     ids: string → token id. pattern: matches any of them, the longest first. special: those the tokenizer
     calls so. allowed: those that assistant content may hold, which is exact once `set_structure` has been
-    told what the template writes.
+    told what the template writes. unbreakable: those of one character, which no mark can split.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -39,12 +52,16 @@ class ControlStrings:
         self.ids: dict[str, int] = {text: index for text, (index, _) in control.items()}
         self._single_word = frozenset(text for text, (_, token) in control.items() if token.single_word)
         self.special = frozenset(text for text, (_, token) in control.items() if token.special)
+        self.unbreakable = frozenset(text for text in control if len(text) == 1)
         self.pattern = self._matcher(self.ids)
         self.set_structure(())
 
     def set_structure(self, written: Iterable[str]) -> None:
-        """Take back from assistant content what the template writes around turns, as DeepSeek's `<User>`."""
-        structure = {text for text in written if not _SPEECH.search(text)}
+        """Take back from assistant content what the template writes around turns, as DeepSeek's `<User>`,
+        and what could stand in its place, as Phi's `<|system|>`, which only some conversations show.
+        """
+        framing = {text for text in self.ids if _FRAME.fullmatch(text)}
+        structure = {text for text in framing.union(written) if not _SPOKEN.search(text)}
         self.allowed = frozenset(self.ids) - self.special - structure
         self._allowed_pattern = self._matcher(self.allowed)
 

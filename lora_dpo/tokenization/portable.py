@@ -15,7 +15,7 @@ from transformers import TokenizersBackend
 from lora_dpo.preferences import AnyRecord, Demonstration, Preference, Rating, Where
 from lora_dpo.tokenization.chat import ChatTokenizer
 
-TOKENIZATION = 2
+TOKENIZATION = 3
 """Raise this whenever the same record and settings give other tokens, masks, values or drops than before."""
 
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lora_dpo.errors import DataError, ModelError
 from lora_dpo.preferences import Message
+from lora_dpo.preferences.conversations import ROLES
 from lora_dpo.tokenization.control import ControlStrings, Marker, strings
 
 
@@ -59,7 +60,11 @@ class Reading:
 
 
 class Template:
-    """The tokenizer's chat template, or the one given: Jinja text or the path of a file with it."""
+    """The tokenizer's chat template, or the one given: Jinja text or the path of a file with it.
+
+    It runs in transformers' sandbox: it reaches no attribute, file or module of Python, and ranges end at
+    100,000. What nothing there bounds is time and memory: loops in loops, or a text repeated without end.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str | None) -> None:
         self._tokenizer = tokenizer
@@ -68,6 +73,12 @@ class Template:
     @property
     def exists(self) -> bool:
         return bool(self.text or self._tokenizer.chat_template)
+
+    @property
+    def source(self) -> str:
+        """The Jinja text; of a tokenizer with several templates, all of them."""
+        own: Any = self.text or self._tokenizer.chat_template or ""
+        return own if isinstance(own, str) else "\n".join(map(str, own.values()))
 
     def render(self, chat: Chat, generation: bool) -> str:
         """The conversation as text. Raises ModelError without a template; what the template raises passes."""
@@ -99,6 +110,8 @@ class Rendering:
     ) -> None:
         self._template, self._controls, self._place, self._chat = template, controls, place, chat
         texts = (chat.messages, chat.tools, dict(chat.template_kwargs))
+        _check_roles(chat.messages, place)
+        _check_breakable(controls, texts, place)
         self._marker = Marker(controls, texts, len(chat.messages) - chat.response_start)
         self._shown = self._marked()
         plain = self._render(chat, generation)
@@ -177,6 +190,24 @@ class Rendering:
         controls = tuple(Control(m.start() - bisect_left(at, m.start()), m[0]) for m in find(marked))
         clean = controls == tuple(Control(m.start(), m[0]) for m in find(text))
         return Reading(text, marks, controls, clean)
+
+
+def _check_roles(messages: tuple[Message, ...], place: str) -> None:
+    """Raises DataError for a role that isn't one. Templates write roles as structure: Phi's makes a token of
+    `<|` + role + `|>`, so a role "end" would be an end-of-turn.
+    """
+    for message in messages:
+        role = message.get("role")
+        if role not in ROLES:
+            raise DataError(f"{place}: there is no role {str(role)[:80]!r}; the roles are {', '.join(ROLES)}")
+
+
+def _check_breakable(controls: ControlStrings, texts: Any, place: str) -> None:
+    """Raises DataError for content with a control string of one character, which nothing can keep apart."""
+    for text in strings(texts) if controls.unbreakable else ():
+        found = sorted(controls.unbreakable.intersection(text))
+        if found:
+            raise DataError(f"{place}: holds {found[0]!r}, which is a control token of this tokenizer")
 
 
 def _template_text(source: str) -> str:

@@ -164,7 +164,7 @@ def test_a_process_that_begins_a_step_again_meets_the_others_once(
     fails = Fails(STEP.batch_logprobs, 2, lambda *a, **k: k.get("policy_only", False))
     monkeypatch.setattr(STEP, "batch_logprobs", fails)
     sums = step_gradient(
-        model, BCO(), items, tokens_per_microbatch=BUDGET, seed=0, state=STATE, gather=gather, say=str
+        model, BCO(), items, tokens_per_microbatch=BUDGET, seed=0, state=STATE, gather=gather, say=[].append
     )
     assert sums.out_of_memory_retries == 1 and len(met) == 1
 
@@ -178,7 +178,7 @@ def test_an_example_that_does_not_fit_alone_is_named(model: Model, monkeypatch: 
 
     monkeypatch.setattr(STEP, "batch_logprobs", failing)
     with pytest.raises(RunError, match=rf"{cost([longest])} tokens, random row \d+.*data\.max_tokens"):
-        step_gradient(model, DPO(), items, tokens_per_microbatch=BUDGET, seed=0, say=str)
+        step_gradient(model, DPO(), items, tokens_per_microbatch=BUDGET, seed=0, say=[].append)
 
 
 def test_evaluation_goes_on_with_smaller_micro_batches_and_the_same_metrics(
@@ -202,7 +202,7 @@ def test_evaluation_goes_on_with_smaller_micro_batches_and_the_same_metrics(
     assert means == pytest.approx(whole, rel=1e-12)
     monkeypatch.setattr(EVALUATION, "batch_logprobs", Fails(genuine, 1, lambda *a: True))
     with pytest.raises(RunError, match=r"random row 1\).*data\.max_tokens"):
-        evaluate(model, BCO(), items[:1], tokens_per_microbatch=1, say=str)
+        evaluate(model, BCO(), items[:1], tokens_per_microbatch=1, say=[].append)
 
 
 def test_preflight_rehearses_evaluation_and_gives_the_optimizer_its_moments(

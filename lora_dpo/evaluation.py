@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lora_dpo.batching import MicroBatch, pack
+from lora_dpo.batching import MicroBatch, Way, cost, halved, pack
+from lora_dpo.errors import RunError
 from lora_dpo.logprobs import token_divergence, token_logprobs, token_logprobs_and_square_sums
 from lora_dpo.losses import LogProbs, Objective, TokenLogProbs, Totals, preferred, weighted
 from lora_dpo.model import Model, as_policy, without_dropout
+from lora_dpo.out_of_memory import give_back_memory, is_out_of_memory
 from lora_dpo.reference import ReferenceCache, reference_logprobs
 from lora_dpo.tokenization import Branches
 
+log = logging.getLogger(__name__)
+
 BOOTSTRAP_SAMPLES = 2000
+
+NAMED = 5
+"""So many rows are named; of more there is a count."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +59,14 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     intervals: bool = True,
     cache: ReferenceCache | None = None,
+    say: Callable[[str], None] = log.warning,
 ) -> Evaluation:
     """The objective's loss and metrics, and each side's log-probs and lengths, on these examples.
 
     `progress` is told how many examples each micro-batch had. Without `intervals` only the means are made.
-    Reference log-probs are read from `cache`, and what it lacks is added to it.
+    Reference log-probs are read from `cache`, and what it lacks is added to it. `say` is told in words which
+    metrics aren't finite and for which rows, and when memory ran out and smaller micro-batches go on.
+    Raises RunError, naming the row, where a single example does not fit.
     """
     logprobs = all_logprobs(
         model,
@@ -64,9 +75,13 @@ def evaluate(
         tokens_per_microbatch=tokens_per_microbatch,
         progress=progress,
         cache=cache,
+        say=say,
     )
     samples = BOOTSTRAP_SAMPLES if intervals else 0
     rows = _rows(objective, logprobs)
+    wrong = describe_not_finite(rows, branches)
+    if wrong:
+        say(f"evaluation: {wrong}")
     return Evaluation(len(branches), {name: bootstrap(row, samples=samples) for name, row in rows.items()})
 
 
@@ -92,6 +107,23 @@ def _rows(objective: Objective, logprobs: LogProbs) -> dict[str, Tensor]:
     return rows
 
 
+def describe_not_finite(rows: Mapping[str, Tensor], branches: Sequence[Branches]) -> str | None:
+    """In words which metrics (name → [B]) aren't finite, and for which examples; None where all are."""
+    flags = {name: ~values.isfinite() for name, values in rows.items()}
+    bad = [name for name, flag in flags.items() if bool(flag.any())]
+    if not bad:
+        return None
+    found = torch.stack([flags[name] for name in bad]).any(dim=0)
+    return f"{', '.join(bad)} not finite for {places([branches[n] for n in found.nonzero()[:, 0].tolist()])}"
+
+
+def places(branches: Sequence[Branches]) -> str:
+    """Where these examples come from: a few by file and row, the others counted."""
+    all_of_them = list(dict.fromkeys(str(item.where) for item in branches))
+    more = len(all_of_them) - NAMED
+    return ", ".join(all_of_them[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def all_logprobs(
     model: Model,
     objective: Objective,
@@ -100,18 +132,48 @@ def all_logprobs(
     tokens_per_microbatch: int = 8192,
     progress: Callable[[int], None] | None = None,
     cache: ReferenceCache | None = None,
+    say: Callable[[str], None] = log.warning,
 ) -> LogProbs:
-    """Log-probs of these examples, in their order, on the CPU and without gradient."""
-    parts, order = [], []
-    with torch.no_grad(), without_dropout(model):
-        for batch in pack(branches, tokens_per_microbatch, model.way):
-            parts.append(batch_logprobs(model, objective, batch.to(model.device), cache).to("cpu"))
-            order += batch.examples
-            if progress is not None:
-                progress(len(batch.examples))
+    """Log-probs of these examples, in their order, on the CPU and without gradient.
+
+    When memory runs out, those that are left go on with half the budget, and `say` is told. Raises RunError,
+    naming the row, where a single example does not fit.
+    """
+    parts, order, left, budget = [], [], list(range(len(branches))), tokens_per_microbatch
+    while left:
+        these = [branches[n] for n in left]
+        done: list[int] = []
+        try:
+            with torch.no_grad(), without_dropout(model):
+                for batch in pack(these, budget, model.way):
+                    parts.append(batch_logprobs(model, objective, batch.to(model.device), cache).to("cpu"))
+                    done += batch.examples
+                    if progress is not None:
+                        progress(len(batch.examples))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            smaller = halved(budget, these, model.way)
+            if smaller is None:
+                raise RunError(
+                    f"evaluation: {does_not_fit(these, model.way)}: lower data.max_tokens"
+                ) from error
+            budget = smaller
+        order += [left[n] for n in done]
+        left = sorted(set(left) - set(order))
+        if left:
+            # Outside the handler: its traceback holds the failed forward's tensors.
+            give_back_memory()
+            say(f"out of memory while evaluating: it goes on with {budget} tokens a micro-batch")
     if cache is not None:
         cache.commit()
     return LogProbs.joined(parts).reordered(order)
+
+
+def does_not_fit(branches: Sequence[Branches], way: Way) -> str:
+    """Who does not fit in memory, where every example had a micro-batch of its own already."""
+    longest = max(branches, key=lambda item: cost([item], way))
+    return f"the longest example ({cost([longest], way)} tokens, {longest.where}) does not fit in memory"
 
 
 def batch_logprobs(

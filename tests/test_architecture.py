@@ -11,7 +11,7 @@ import lora_dpo
 
 PACKAGE = Path(lora_dpo.__file__).parent
 LAYERS = [
-    ["bounds", "errors", "stopping"],
+    ["bounds", "errors", "out_of_memory", "stopping"],
     ["losses"],
     ["recipe"],
     ["preferences", "run_directory"],

@@ -2,7 +2,18 @@
 
 from lora_dpo.batching.layout import Block, BranchLayout, sent
 from lora_dpo.batching.microbatch import MicroBatch, collate
-from lora_dpo.batching.packing import Way, cost, pack
+from lora_dpo.batching.packing import Way, cost, halved, pack
 from lora_dpo.batching.steps import StepSampler
 
-__all__ = ["Block", "BranchLayout", "MicroBatch", "StepSampler", "Way", "collate", "cost", "pack", "sent"]
+__all__ = [
+    "Block",
+    "BranchLayout",
+    "MicroBatch",
+    "StepSampler",
+    "Way",
+    "collate",
+    "cost",
+    "halved",
+    "pack",
+    "sent",
+]

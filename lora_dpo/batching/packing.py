@@ -66,3 +66,11 @@ def pack(
             bins.append((sizes[example], [example]))
     names = value_names(branches)
     return (collate([branches[n] for n in members], members, names) for _, members in bins)
+
+
+def halved(budget: int, branches: Sequence[Branches], way: Way = "shared") -> int | None:
+    """Half of what a micro-batch of these took at most, in tokens, but enough for the longest; None where
+    each had one of its own already.
+    """
+    longest = max(cost([item], way) for item in branches)
+    return None if budget <= longest else max(longest, min(budget, cost(branches, way)) // 2)

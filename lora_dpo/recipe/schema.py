@@ -121,6 +121,8 @@ class Training(Section):
     where it fits.
     eval_every, save_every: steps between evaluations and checkpoints; 0 is at the end only. What a crash
     costs is the steps since the last checkpoint.
+    on_bad_step: where the loss, a log-prob or the gradient of a step isn't a number, "stop" ends the run,
+    naming the rows; "skip" leaves adapter and optimizer as they were, counts the step, and goes on.
     keep_checkpoints: how many of the newest stay on disk, besides the best one.
     best_metric: which evaluation metric chooses the adapter that is kept, such as "rewards/accuracy" (a loss
     is better when lower). early_stopping: stop after this many evaluations without a better one; 0 never.
@@ -144,6 +146,7 @@ class Training(Section):
     adam_epsilon: Positive = 1e-8
     weight_decay: NotNegative = 0.0
     max_grad_norm: NotNegative = 1.0
+    on_bad_step: Literal["stop", "skip"] = "stop"
     gradient_checkpointing: Literal["none", "layers", "offload"] = "layers"
     seed: Annotated[int, AtLeast(0, high=2**63 - 1)] = 0
     eval_every: CountOrZero = 0

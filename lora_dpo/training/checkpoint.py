@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +37,8 @@ class TrainingState:
     the policy last became the reference; 0 where it never did.
     data, held_out, base: fingerprints of the training examples, of those held out, and of the base in memory.
     evaluated: the step after which the held-out examples were last looked at.
+    skipped_steps: how many were left out because a number was none (training.on_bad_step=skip).
+    watch: what `Watch.state` gave.
     versions: of the libraries, and what was computed on. changes: what a resumed run was allowed to change.
     """
 
@@ -47,6 +50,8 @@ class TrainingState:
     loss_scale: float = 0.0
     loss_scale_growth: int = 0
     skipped_in_a_row: int = 0
+    skipped_steps: int = 0
+    watch: dict[str, Any] = field(default_factory=dict)
     data: str = ""
     held_out: str = ""
     base: str = ""

@@ -15,13 +15,16 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lora_dpo.batching import MicroBatch, collate, cost, pack
-from lora_dpo.errors import PreflightError
-from lora_dpo.evaluation import batch_logprobs
+from lora_dpo.errors import PreflightError, RunError
+from lora_dpo.evaluation import all_logprobs, batch_logprobs, does_not_fit
 from lora_dpo.logprobs import vocabulary
 from lora_dpo.losses import Objective
 from lora_dpo.model import Model, as_reference, generating, without_dropout
+from lora_dpo.out_of_memory import give_back_memory, is_out_of_memory
 from lora_dpo.reference import BASE, ReferenceCache, reference_fingerprint, reference_logprobs
 from lora_dpo.tokenization import Branches
+from lora_dpo.training.optimizer import allocate
+from lora_dpo.training.step import SMALLER
 from lora_dpo.ways import has_experts
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
@@ -38,12 +41,14 @@ def preflight(
     fresh_adapter: bool = True,
     cache: ReferenceCache | None = None,
     held_out: Sequence[Branches] = (),
+    optimizer: torch.optim.Optimizer | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Check, on the real model and data, what training relies on. Leaves the adapter's values as they were.
 
     What `cache` holds of the branches, and of those `held_out`, is compared with a fresh computation; a cache
-    that differs is emptied. `say` is told each check in one line.
+    that differs is emptied. optimizer: gets its moments here, so that memory is short now if it ever is.
+    `say` is told each check in one line.
 
     Raises PreflightError, naming what is wrong and what to do.
     """
@@ -62,12 +67,15 @@ def preflight(
                 say(_check_gradients(model, objective, batch))
             if cache is not None and cache.on:
                 say(_check_cache(model, cache, [*branches, *held_out]))
+        if optimizer is not None:
+            allocate(optimizer, model.trainable)
         say(_check_longest(model, objective, branches, examples_per_step, tokens_per_microbatch))
-    except torch.OutOfMemoryError as error:
-        raise PreflightError(
-            f"the longest example ({cost([longest], model.way)} tokens, {longest.where}) does not fit in"
-            " memory: lower data.max_tokens, or set training.gradient_checkpointing=offload"
-        ) from error
+        if held_out:
+            say(_check_evaluation(model, objective, held_out))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise PreflightError(f"{does_not_fit([longest], model.way)}: {SMALLER}") from error
     finally:
         model.network.zero_grad(set_to_none=True)
 
@@ -76,9 +84,9 @@ def _check_runs(model: Model, batch: MicroBatch) -> None:
     """The real model runs the way that its small copy did."""
     try:
         reference_logprobs(model, batch)
-    except torch.OutOfMemoryError:
-        raise
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         kind = model.causal.config.model_type
         raise PreflightError(f"this {kind} model does not run {model.way!r}: {error}") from error
 
@@ -261,17 +269,28 @@ def _check_longest(
     sizes = [cost([by_size[n] for n in batch.examples], way) for batch in batches]
     size, fullest = max(zip(sizes, batches, strict=True), key=lambda pair: pair[0])
     tokens = cost([longest], way)
-    # What the optimizer will hold: two moments for each parameter.
-    moments = [torch.empty_like(p) for p in model.trainable.values() for _ in range(2)]
     _forward_and_backward(model, objective, collate([longest], [0]))
     if model.device.type == "cpu" or len(fullest.examples) == 1:
         return f"the longest example ({tokens} tokens) fits"
     try:
         _forward_and_backward(model, objective, fullest)
-    except torch.OutOfMemoryError:
-        del moments
-        return "a full micro-batch does not fit in memory; training will pack smaller ones"
-    return f"the longest example ({tokens} tokens) fits, a micro-batch of {size} tokens too"
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return f"the longest example ({tokens} tokens) fits, a micro-batch of {size} tokens too"
+    give_back_memory()
+    return "a full micro-batch does not fit in memory; training will pack smaller ones"
+
+
+def _check_evaluation(model: Model, objective: Objective, held_out: Sequence[Branches]) -> str:
+    """The longest example that is held out runs through both roles without gradient."""
+    longest = max(held_out, key=lambda item: cost([item], model.way))
+    try:
+        all_logprobs(model, objective, [longest], tokens_per_microbatch=1)
+    except RunError as error:
+        raise PreflightError(f"{error}, or hold out shorter rows") from error
+    return f"the longest held-out example ({cost([longest], model.way)} tokens) fits"
 
 
 def _forward_and_backward(model: Model, objective: Objective, batch: MicroBatch) -> None:

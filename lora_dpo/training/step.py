@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -11,10 +10,12 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lora_dpo.batching import cost, pack
-from lora_dpo.evaluation import batch_logprobs
+from lora_dpo.batching import cost, halved, pack, sent
+from lora_dpo.errors import RunError
+from lora_dpo.evaluation import batch_logprobs, does_not_fit
 from lora_dpo.losses import LogProbs, Loss, Objective, Totals, weighted
 from lora_dpo.model import Model
+from lora_dpo.out_of_memory import give_back_memory, is_out_of_memory
 from lora_dpo.reference import ReferenceCache
 from lora_dpo.tokenization import Branches
 from lora_dpo.training.host_memory import give_back_freed
@@ -23,21 +24,35 @@ log = logging.getLogger(__name__)
 
 Gather = Callable[[LogProbs], tuple[Sequence[LogProbs], int]]
 
+BAD_POLICY, BAD_REFERENCE, BAD_LOSS = 1, 2, 4
+"""What of an example may not be finite; its flag is the sum of these."""
+
+SMALLER = "lower data.max_tokens, or set training.gradient_checkpointing=offload"
+"""What to do where a single example is too long for the memory there is."""
+
 
 @dataclass(eq=False)
 class StepSums:
     """What a step adds up, as tensors on the device: nothing is read back before the step is done.
 
-    loss: the sum of example losses over the step's examples. metrics: sums over this process's examples.
-    state: what the objective hands to the next step.
+    step: what was run. loss: the sum of example losses over the step's examples. metrics: sums over this
+    process's examples. flags: of each of them in their order, 0 where log-probs and loss are finite, else the
+    sum of BAD_POLICY, BAD_REFERENCE and BAD_LOSS, float64 [examples]. state: what the objective hands to the
+    next step. out_of_memory_retries: how often the step began again with a smaller budget.
     """
 
-    examples: int
+    step: Step
     tokens: int
     loss: Tensor
+    flags: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     tokens_per_microbatch: int = 0
     state: Mapping[str, float | Tensor] = field(default_factory=dict)
+    out_of_memory_retries: int = 0
+
+    @property
+    def examples(self) -> int:
+        return len(self.step.branches)
 
 
 @dataclass(frozen=True)
@@ -67,15 +82,17 @@ def step_gradient(
     cache: ReferenceCache | None = None,
     state: Mapping[str, float] | None = None,
     gather: Gather | None = None,
+    say: Callable[[str], None] = log.warning,
 ) -> StepSums:
     """Accumulate the gradient of (Σ example losses) / examples over these examples into the adapters.
 
     totals: of the whole step, over all processes; by itself, these examples are the step. seed: of the step's
     dropout. When memory runs out, the gradients are dropped, the RNG is rewound and the step repeated with
-    half the budget: slower, and the same mathematics. Reference log-probs are read from `cache`; what it
-    lacks awaits the caller's `cache.commit()`. state: what the objective returned after the last step.
-    gather: for a step over several processes, own log-probs → (those of every process, which are the own).
-    Raises torch.OutOfMemoryError where a single example does not fit.
+    half the budget: slower, and the same mathematics; `say` is told. Reference log-probs are read from
+    `cache`; what it lacks awaits the caller's `cache.commit()`. state: what the objective returned after the
+    last step. gather: for a step over several processes, own log-probs → (those of every process, which are
+    the own).
+    Raises RunError, naming the row, where a single example does not fit.
     """
     step = Step(
         model,
@@ -86,27 +103,45 @@ def step_gradient(
         backward,
         cache,
         state or {},
-        gather,
+        None if gather is None else _once(gather),
     )
-    budget = tokens_per_microbatch
+    budget, retries = tokens_per_microbatch, 0
+    counts = (0, 0) if cache is None else (cache.hits, cache.misses)
     while True:
         for parameter in model.trainable.values():
             parameter.grad = None
         if cache is not None:
             cache.drop_pending()
+            cache.hits, cache.misses = counts
         torch.manual_seed(seed)
         try:
-            return _accumulate(step, budget)
-        except torch.OutOfMemoryError:
-            longest = max(cost([item], model.way) for item in branches)
-            if budget <= longest:
+            sums = accumulate(step, budget)
+            sums.out_of_memory_retries = retries
+            return sums
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
                 raise
-            budget = max(longest, min(budget, cost(branches, model.way)) // 2)
+            smaller = halved(budget, branches, model.way)
+            if smaller is None:
+                raise RunError(f"{does_not_fit(branches, model.way)}; {SMALLER}") from error
+        budget, retries = smaller, retries + 1
         # Outside the handler: its traceback holds the failed forward's activations.
-        log.warning("out of memory: packing again with %d tokens a micro-batch", budget)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_memory()
+        say(f"out of memory: this step begins again, from now on with {budget} tokens a micro-batch")
+
+
+def _once(gather: Gather) -> Gather:
+    """Processes meet once a step: one that begins it again has the others' log-probs, and renews its own."""
+    kept: list[tuple[Sequence[LogProbs], int]] = []
+
+    def gathered(own: LogProbs) -> tuple[Sequence[LogProbs], int]:
+        if not kept:
+            kept.append(gather(own))
+            return kept[0]
+        parts, mine = kept[0]
+        return [own if n == mine else part for n, part in enumerate(parts)], mine
+
+    return gathered
 
 
 def step_totals(branches: Sequence[Branches]) -> Totals:
@@ -115,11 +150,12 @@ def step_totals(branches: Sequence[Branches]) -> Totals:
     return Totals(len(branches), tuple(sum(item.scored_count(n) for item in branches) for n in sides))
 
 
-def _accumulate(step: Step, budget: int) -> StepSums:
+def accumulate(step: Step, budget: int) -> StepSums:
+    """One attempt at `step_gradient`, in micro-batches of so many tokens."""
     model, cache = step.model, step.cache
     tokens = sum(cost([item], model.way) for item in step.branches)
-    loss = torch.zeros((), device=model.device, dtype=torch.float64)
-    sums = StepSums(len(step.branches), tokens, loss, tokens_per_microbatch=budget)
+    zeros = torch.zeros(len(step.branches), device=model.device, dtype=torch.float64)
+    sums = StepSums(step, tokens, zeros.new_zeros(()), zeros, tokens_per_microbatch=budget)
     before = 0 if cache is None else cache.hits
     if step.objective.needs.whole_step:
         _whole_step(step, budget, sums)
@@ -138,10 +174,13 @@ def _by_microbatch(step: Step, budget: int, sums: StepSums) -> None:
         batch = batch.to(model.device)
         logprobs = batch_logprobs(model, step.objective, batch, step.cache, totals=step.totals)
         loss = step.objective(logprobs)
-        total = weighted(loss, logprobs).sum() / step.totals.examples
+        per_example = weighted(loss, logprobs)
+        total = per_example.sum() / step.totals.examples
         step.backward(total)
         _add(sums, loss, total.detach())
-        del batch, logprobs, loss, total
+        places = sent(torch.tensor(batch.examples), model.device)
+        sums.flags.index_copy_(0, places, _flags(logprobs, per_example))
+        del batch, logprobs, loss, per_example, total
         give_back_freed(model.device)
 
 
@@ -161,6 +200,7 @@ def _whole_step(step: Step, budget: int, sums: StepSums) -> None:
     metrics = {name: values[rows] for name, values in loss.metrics.items()}
     total = per_example[rows].sum().detach() / step.totals.examples
     _add(sums, Loss(per_example, metrics, loss.state), total)
+    sums.flags.copy_(_flags(own, per_example[rows]))
     tokens = slice(0)
     if own.tokens is not None:
         start = sum(len(part.by_token.policy) for part in parts[:mine])
@@ -234,6 +274,15 @@ def _add(sums: StepSums, loss: Loss, total: Tensor) -> None:
     for name, values in loss.metrics.items():
         sums.metrics[name] = sums.metrics.get(name, 0) + values.sum()
     sums.state = loss.state
+
+
+def _flags(logprobs: LogProbs, per_example: Tensor) -> Tensor:
+    """What of each example isn't finite, as a sum of BAD_…: float64 [B]. It waits for nothing."""
+    flags = BAD_LOSS * (~per_example.detach().isfinite()).double()
+    flags += BAD_POLICY * (~logprobs.policy.detach().isfinite()).any(dim=1)
+    if logprobs.reference is not None:
+        flags += BAD_REFERENCE * (~logprobs.reference.isfinite()).any(dim=1)
+    return flags
 
 
 def step_seed(seed: int, step: int, process: int = 0) -> int:

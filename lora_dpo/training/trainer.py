@@ -36,17 +36,30 @@ from lora_dpo.training.checkpoint import (
     save_checkpoint,
 )
 from lora_dpo.training.data import TrainingData
+from lora_dpo.training.finite import (
+    advice,
+    check_finite_adapter,
+    finite_only,
+    not_finite_adapter,
+    step_flags,
+    what_is_wrong,
+    with_bad_gradient,
+    wrong_gradient,
+)
 from lora_dpo.training.keeping import Checkpoints
 from lora_dpo.training.observers import Observer, Record, metrics_file, trackers
-from lora_dpo.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from lora_dpo.training.optimizer import learning_rate, make_optimizer, set_learning_rate, whole_update
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display, duration
 from lora_dpo.training.resuming import checkpoint_differences, refuse, say_other_versions, versions
 from lora_dpo.training.speed import Speed
 from lora_dpo.training.step import StepSums, step_gradient, step_seed, step_totals
+from lora_dpo.training.watch import Watch
 
 SKIPS = 20
-"""So many updates in a row may overflow under loss scaling; then the run is broken, not the scale."""
+"""So many updates in a row may overflow under loss scaling, and so many steps in a row be left out with
+training.on_bad_step=skip; then the run is broken, not the scale, or the rows.
+"""
 
 
 class Stopped(Exception):
@@ -116,6 +129,7 @@ class Trainer:
         self.stops = stops or Stops()
         self.checkpoints = checkpoints or Checkpoints(run, self.training.keep_checkpoints)
         self.speed = Speed(0, self.steps, model.device)
+        self.watch = Watch()
         self.observers = [metrics_file(run), display.observe, *observers]
         if self.training.trackers:
             self.observers.insert(1, trackers(accelerator, "lora_dpo", to_dict(recipe)))
@@ -143,6 +157,7 @@ class Trainer:
             for name in ("data", "held_out", "base", "reference", "versions"):
                 setattr(then, name, getattr(now, name))
             self.state = then
+            self.watch.restore(then.watch)
             self._saved = None if differ else copy.deepcopy(then)
             if self.scaler.is_enabled() and then.loss_scale:
                 scale = {"scale": then.loss_scale, "_growth_tracker": then.loss_scale_growth}
@@ -166,6 +181,7 @@ class Trainer:
             fresh_adapter=self.state.step == 0,
             cache=self.cache,
             held_out=self.data.eval,
+            optimizer=self.optimizer,
             say=lambda line: self.display.say(f"preflight: {line}"),
         )
 
@@ -198,6 +214,9 @@ class Trainer:
                 self._settled = False
                 metrics = self.step()
                 self._tell("step", metrics)
+                for line in self.watch.step(metrics):
+                    self.display.say(line)
+                self.state.watch = self.watch.state()
                 self._settled = True
             stop = self.stops.asked if self._alone else self._stop
             if stop is not None:
@@ -215,8 +234,8 @@ class Trainer:
         return self.accelerator.num_processes == 1
 
     def step(self) -> dict[str, float]:
-        """One optimizer step; returns its metrics. Raises RunError where the loss or gradient isn't a
-        number.
+        """One optimizer step; returns its metrics. Raises RunError where the loss or gradient isn't a number,
+        unless such steps are left out.
         """
         began = time.monotonic()
         examples = self.sampler.step(self.state.step)
@@ -234,18 +253,28 @@ class Trainer:
             cache=self.cache,
             state=self.state.objective,
             gather=None if self._alone else self._gather,
+            say=self.display.say,
         )
         self.state.tokens_per_microbatch = sums.tokens_per_microbatch
-        metrics = self._means(sums, len(examples))
-        if not math.isfinite(metrics["loss"]):
-            raise self._not_a_number("loss", metrics["loss"])
+        metrics, flags = self._means(sums, len(examples))
         metrics["learning_rate"] = learning_rate(self.training, self.state.step, self.steps)
         set_learning_rate(self.optimizer, metrics["learning_rate"])
-        metrics["grad_norm"] = self._update()
-        if self.cache is not None:
-            self.cache.commit()
+        wrong = what_is_wrong(flags, metrics["loss"], [train[n] for n in examples])
+        if wrong is None:
+            norm = self._update()
+            if norm is None:
+                wrong = self._why_no_gradient(sums, len(examples))
+            else:
+                metrics["grad_norm"] = norm
+        if wrong is None:
+            if self.cache is not None:
+                self.cache.commit()
+            self.state.objective = {name: float(value) for name, value in sums.state.items()}
+        else:
+            self._leave_out(wrong)
+            metrics = finite_only(metrics)
         self.state.step += 1
-        self.state.objective = {name: float(value) for name, value in sums.state.items()}
+        metrics["skipped_steps"] = self.state.skipped_steps
         self._sync_reference()
         metrics["tokens_per_microbatch"] = self.state.tokens_per_microbatch
         speed = self.speed.metrics(
@@ -265,8 +294,35 @@ class Trainer:
             sync_reference(self.model)
             self.state.synced_at = self.state.step
 
-    def _update(self) -> float:
-        """Add up the processes' gradients, clip, step the optimizer; returns the norm before clipping.
+    def _leave_out(self, wrong: str) -> None:
+        """Drop all that came of this step, adapter and optimizer stay as they were. Raises RunError where the
+        recipe doesn't leave such steps out, or nothing else would follow.
+        """
+        number = self.state.step + 1
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.cache is not None:
+            self.cache.drop_pending()
+        broken = not_finite_adapter(self.model)
+        if broken is not None:
+            raise RunError(
+                f"step {number}: {broken}, so {wrong}; nothing was saved since. {advice(self.model)}"
+            )
+        if self.training.on_bad_step == "stop":
+            raise RunError(f"step {number}: {wrong}; nothing was updated. {advice(self.model)}")
+        if self.state.skipped_in_a_row >= SKIPS:
+            raise RunError(f"step {number}: {wrong}, after {SKIPS} such steps in a row. {advice(self.model)}")
+        self.state.skipped_in_a_row += 1
+        self.state.skipped_steps += 1
+        self.display.say(f"step {number} is left out ({self.state.skipped_steps} so far): {wrong}")
+
+    def _why_no_gradient(self, sums: StepSums, examples: int) -> str:
+        self.display.say(f"step {self.state.step + 1}: looking for the rows whose gradient is not finite")
+        bad = [sums.step.branches[n] for n in with_bad_gradient(sums.step, sums.tokens_per_microbatch)]
+        return wrong_gradient(bad if self._alone else gather_object(bad), examples)
+
+    def _update(self) -> float | None:
+        """Add up the processes' gradients, clip, step the optimizer; returns the norm before clipping, None
+        where it isn't finite and nothing was updated.
 
         With loss scaling, an overflow skips the update and lowers the scale; the norm of that step is 0.
         """
@@ -281,8 +337,9 @@ class Trainer:
             self.state.skipped_in_a_row += 1
             norm = 0.0
         else:
-            raise self._not_a_number("gradient's norm", norm)
-        self.scaler.step(self.optimizer)
+            return None
+        with whole_update():
+            self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
@@ -294,23 +351,23 @@ class Trainer:
         for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(total.view_as(gradient))
 
-    def _not_a_number(self, what: str, value: float) -> RunError:
-        return RunError(
-            f"step {self.state.step + 1}: the {what} is {value}; nothing was updated. Try a lower"
-            " training.learning_rate, or base.compute_dtype=float32"
-        )
-
-    def _means(self, sums: StepSums, examples: int) -> dict[str, float]:
-        """The step's metrics over all processes, read back from the device in one piece."""
+    def _means(self, sums: StepSums, examples: int) -> tuple[dict[str, float], list[float]]:
+        """The step's metrics over all processes, and the flags of its examples, read back from the device in
+        one piece.
+        """
         names = sorted(sums.metrics)
         values = torch.stack([sums.loss.double(), *(sums.metrics[n].double() for n in names)])
-        own = torch.tensor([sums.tokens, self.stops.asked or 0], dtype=torch.float64, device=values.device)
-        total = cast(torch.Tensor, self.accelerator.reduce(torch.cat([values, own]), "sum"))
-        loss, *totals, tokens, stop = total.tolist()
+        own = [sums.tokens, sums.out_of_memory_retries, self.stops.asked or 0]
+        own = torch.tensor(own, dtype=torch.float64, device=values.device)
+        process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        flags = step_flags(sums.flags, process, processes, examples)
+        total = cast(torch.Tensor, self.accelerator.reduce(torch.cat([flags, values, own]), "sum")).tolist()
+        loss, *totals, tokens, retries, stop = total[examples:]
         # All processes stop at the same step, whichever of them heard of the signal.
         self._stop = (self.stops.asked or signal.SIGTERM) if stop else None
         means = {name: total / examples for name, total in zip(names, totals, strict=True)}
-        return {"loss": loss, **means, "tokens": tokens}
+        metrics = {"loss": loss, **means, "tokens": tokens, "out_of_memory_retries": retries}
+        return metrics, total[:examples]
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.training.eval_every
@@ -338,11 +395,12 @@ class Trainer:
             tokens_per_microbatch=self.state.tokens_per_microbatch,
             intervals=False,
             cache=self.cache,
+            say=lambda line: self.display.say(f"step {self.state.step}: {line}"),
         ).means()
 
     def _take(self, result: dict[str, float]) -> bool:
         """Tell the observers the held-out metrics; True if the best metric so far is this one."""
-        self._tell("evaluation", {f"eval/{name}": value for name, value in result.items()})
+        self._tell("evaluation", {f"eval/{name}": value for name, value in finite_only(result).items()})
         self.state.evaluated = self.state.step
         metric = self.training.best_metric
         if metric is None:
@@ -377,6 +435,7 @@ class Trainer:
             return
         with self.stops.held():
             self._settled = False
+            check_finite_adapter(self.model)
             if self.accelerator.is_main_process:
                 self._write_checkpoint()
             self.accelerator.wait_for_everyone()
@@ -397,6 +456,7 @@ class Trainer:
         run = self.run_directory
         self._settled = False
         self._choose_best()
+        check_finite_adapter(self.model)
         if self.accelerator.is_main_process:
             if self.model.reference_adapters:
                 # With it the run is complete: what it started from may be moved or deleted.

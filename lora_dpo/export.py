@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import bitsandbytes as bnb
 import torch
 from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
@@ -20,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.batching import pack
 from lora_dpo.errors import ModelError, RunError
-from lora_dpo.finished import FinishedRun
+from lora_dpo.finished import FinishedRun, check_adapter
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.model import (
     Model,
@@ -32,7 +33,7 @@ from lora_dpo.model import (
     without_dropout,
 )
 from lora_dpo.recipe import Base
-from lora_dpo.run_directory import RunDirectory, write_folder, write_text
+from lora_dpo.run_directory import MANIFEST, RunDirectory, need_space, write_folder, write_text
 
 PEFTS_OWN = (LoraLayer, AuxiliaryTrainingWrapper)
 MergedDtype = Literal["bfloat16", "float16", "float32"]
@@ -43,16 +44,16 @@ def export_adapter(run: RunDirectory, to: Path) -> Path:
 
     Raises RunError if the run has none yet or the folder is there already.
     """
-    if not (run.adapter_folder / "adapter_model.safetensors").is_file():
-        raise RunError(f"{run.path} holds no trained adapter yet")
+    check_adapter(run)
     refuse_existing(to)
+    need_space(to, sum(file.stat().st_size for file in run.adapter_folder.iterdir()), "the adapter")
     write_folder(to, lambda part: _copy_files(run.adapter_folder, part))
     return to
 
 
 def _copy_files(source: Path, target: Path) -> None:
     for file in source.iterdir():
-        if file.is_file():
+        if file.is_file() and file.name != MANIFEST:
             shutil.copyfile(file, target / file.name)
 
 
@@ -86,6 +87,7 @@ def export_merged(run: FinishedRun, to: Path, *, dtype: MergedDtype = "bfloat16"
     is there already, ModelError if a weight doesn't fit the dtype.
     """
     refuse_existing(to)
+    need_space(to, _merged_size(run.model, getattr(torch, dtype)), "the merged model")
     merged = merged_network(run.model, run.recipe.base, getattr(torch, dtype))
 
     def fill(part: Path) -> None:
@@ -94,6 +96,13 @@ def export_merged(run: FinishedRun, to: Path, *, dtype: MergedDtype = "bfloat16"
 
     write_folder(to, fill)
     return to
+
+
+def _merged_size(model: Model, dtype: torch.dtype) -> int:
+    """About how many bytes the merged weights take: two 4-bit values lie in one byte."""
+    packed = {id(m.weight) for m in model.network.modules() if isinstance(m, bnb.nn.Linear4bit)}
+    parameters = [p for p in model.network.parameters() if not p.requires_grad]
+    return sum(p.numel() * (2 if id(p) in packed else 1) for p in parameters) * dtype.itemsize
 
 
 def merged_network(model: Model, base: Base, dtype: torch.dtype) -> PreTrainedModel:

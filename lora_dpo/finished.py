@@ -14,7 +14,7 @@ from lora_dpo.evaluation import Evaluation, evaluate
 from lora_dpo.model import Model, load_adapter, load_model, load_tokenizer
 from lora_dpo.preferences import AnyRecord, Preference, Rating
 from lora_dpo.recipe import Recipe, load_recipe, override
-from lora_dpo.run_directory import RunDirectory, write_text
+from lora_dpo.run_directory import MANIFEST, RunDirectory, damage, write_text
 from lora_dpo.sampling import Role, greedy
 from lora_dpo.training import Display, HeldOut, chat_tokenizer, prepare_held_out, reference_cache
 
@@ -63,8 +63,7 @@ def open_finished(
     """
     display = display or Display(quiet=True)
     directory = RunDirectory.open(path)
-    if not (directory.adapter_folder / "adapter_model.safetensors").is_file():
-        raise RunError(f"{path} holds no trained adapter yet: its run has not ended (train --resume goes on)")
+    check_adapter(directory)
     recipe = override(load_recipe(directory.recipe_file), overrides)
     tokenizer = load_tokenizer(recipe.base)
     try:
@@ -78,6 +77,21 @@ def open_finished(
     adapters = str(directory.adapter_folder), reference_of(directory, recipe)
     model = load_adapter(load_model(recipe.base), adapters[0], reference=adapters[1])
     return FinishedRun(directory, recipe, model, held_out)
+
+
+def check_adapter(run: RunDirectory) -> None:
+    """Raise RunError where a run has no adapter yet, or not the one that it wrote."""
+    folder = run.adapter_folder
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise RunError(
+            f"{run.path} holds no trained adapter yet: its run has not ended (train --resume goes on)"
+        )
+    wrong = damage(folder, more=True) if (folder / MANIFEST).is_file() else None
+    if wrong is not None:
+        raise RunError(
+            f"{folder} is not as the run wrote it: {wrong} (train --resume writes it again from the last"
+            " checkpoint)"
+        )
 
 
 def reference_of(directory: RunDirectory, recipe: Recipe) -> str | None:

@@ -27,8 +27,11 @@ def manifest_of(folder: Path) -> bytes:
     return _text({name: _size_and_hash(folder / name) for name in names if name != MANIFEST})
 
 
-def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest; None if every file is what the manifest says."""
+def damage(folder: Path, *, more: bool = False) -> str | None:
+    """What is wrong with a folder that has a manifest; None if every file is what the manifest says.
+
+    more: whether files that the manifest doesn't know may lie there too, such as somebody's notes.
+    """
     try:
         file = folder / MANIFEST
         if not stat.S_ISREG(file.lstat().st_mode) or file.lstat().st_size > LARGEST_MANIFEST:
@@ -38,14 +41,18 @@ def damage(folder: Path) -> str | None:
         return f"{Path(str(error.filename)).name} is missing"
     except (OSError, ValueError) as error:
         return str(error)
-    return None if told == found else _difference(told, found)
+    return None if told == found else _difference(told, found, more)
 
 
-def _difference(told: bytes, found: bytes) -> str:
-    """In words, for a person; that there is one is known."""
+def _difference(told: bytes, found: bytes, more: bool) -> str | None:
+    """In words, for a person; that there is one is known. None if it is only what may lie there too."""
     now = json.loads(found)["files"]
     try:
         then = json.loads(told)["files"]
+        if more:
+            now = {name: now[name] for name in now.keys() & then.keys()}
+            if told == _text(now):
+                return None
         missing, extra = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
         changed = sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):

@@ -399,7 +399,7 @@ class Trainer:
             if self.model.reference_adapters:
                 # With it the run is complete: what it started from may be moved or deleted.
                 write_folder(run.reference_folder, lambda part: save_adapter(self.model, part, REFERENCE))
-            write_folder(run.adapter_folder, lambda part: self._fill_adapter(part))
+            write_folder(run.adapter_folder, self._fill_adapter, manifest=True)
         self.accelerator.wait_for_everyone()
         if self.training.trackers:
             self.accelerator.end_training()

@@ -29,7 +29,7 @@ def compiled(folder: Path) -> Path | None:
 
 
 def arm(flags: Flags, below: str, at: int, error: int = errno.ENOSPC, stays: bool = True) -> None:
-    """Called in the child. below: the folder on the failing disk. at: which operation fails; 0 only counts."""
+    """Called in the child. below: the folder on the failing disk. at: which operation fails, 0 none."""
     library = ctypes.CDLL(None)
     library.disk_operations.restype = ctypes.c_long
     library.disk_fails(os.fsencode(below), ctypes.c_long(at), error, int(stays))

@@ -3,9 +3,10 @@
     python tests/stress/flips.py            # about a minute; --bits 8 flips each bit of each byte
 
 A tiny run (rank 1) leaves two checkpoints. In the newer one: each byte is changed, each file is cut at every
-byte below 4 KB and at every 4 KB, each is removed, replaced by a folder, a link or another's content, and files,
-folders and links are added. What `--resume` would take up must be the older one, every time; for a sample of
-them a run really resumes and must end with the same adapter. Exit status 1 if anything is otherwise.
+byte below 4 KB and at every 4 KB, each is removed, replaced by a folder, a link or another's content, and
+files, folders and links are added. What `--resume` would take up must be the older one, every time; for a
+sample of them a run really resumes and must end with the same adapter. Exit status 1 if anything is
+otherwise.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from nursery import Nursery
 from tiny_runs import STEPS, TinyRun, Workshop
@@ -86,18 +85,28 @@ def structural(folder: Path) -> Iterator[Damage]:
         yield "a folder instead", name, lambda file=file: (file.unlink(), file.mkdir())
         yield "a link instead", name, lambda file=file: _linked(file, folder.parent.parent / "moved")
         yield "renamed", name, lambda file=file: file.rename(file.with_name("." + file.name))
-        others = [other for other in files_of(folder) if other != file and other.read_bytes() != file.read_bytes()]
+        others = [
+            other for other in files_of(folder) if other != file and other.read_bytes() != file.read_bytes()
+        ]
         for other in others:
             yield "another's content", name, lambda a=file, b=other: a.write_bytes(b.read_bytes())
     for place in (folder, *[path for path in folder.rglob("*") if path.is_dir()]):
         for name in ("extra", ".hidden", ".state.json.part", "manifest.json.bak", "model.safetensors"):
             yield "extra file", name, lambda file=place / name: file.write_bytes(b"")
         if place != folder:
-            yield "extra file", "manifest.json", lambda place=place: (place / "manifest.json").write_text("{}")
+            yield (
+                "extra file",
+                "manifest.json",
+                lambda place=place: (place / "manifest.json").write_text("{}"),
+            )
             yield "missing", place.name, lambda place=place: shutil.rmtree(place)
         yield "extra folder", "empty", (place / "empty").mkdir
         yield "extra folder", ".hidden", lambda place=place: (place / ".a" / "b").mkdir(parents=True)
-        yield "extra link", "to a file", lambda place=place: (place / "link").symlink_to(folder / "state.json")
+        yield (
+            "extra link",
+            "to a file",
+            lambda place=place: (place / "link").symlink_to(folder / "state.json"),
+        )
         yield "extra link", "to a folder", lambda place=place: (place / "link").symlink_to(folder)
         yield "extra link", "to nothing", lambda place=place: (place / "link").symlink_to("nowhere")
         yield "extra pipe", "", lambda place=place: os.mkfifo(place / "pipe")

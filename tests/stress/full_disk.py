@@ -6,11 +6,12 @@
     python tests/stress/full_disk.py --every 10          # a tenth of it
 
 The run's folder and its caches lie on the failing disk: the n-th write, fsync, rename, mkdir, truncation or
-creation below it fails, for n = 1, 2, 3, … until the run comes through. (Free space is not looked at first: the
-failure must be met by what writes.) Each run must end with status 2, one line and no traceback, or do without
-what it can (a cache) and end with status 0; every checkpoint must verify, recipe.yaml and metrics.jsonl must be
-readable; and once there is room it must go on to the uninterrupted run's adapter. The same for `export` and
-`eval`. Needs Linux and a C compiler; the tmpfs needs user namespaces. Exit status 1 if anything is otherwise.
+creation below it fails, for n = 1, 2, 3, … until the run comes through. (Free space is not looked at first:
+the failure must be met by what writes.) Each run must end with status 2, one line and no traceback, or do
+without what it can (a cache) and end with status 0; every checkpoint must verify, recipe.yaml and
+metrics.jsonl must be readable; and once there is room it must go on to the uninterrupted run's adapter. The
+same for `export` and `eval`. Needs Linux and a C compiler; the tmpfs needs user namespaces. Exit status 1 if
+anything is otherwise.
 """
 
 from __future__ import annotations
@@ -27,8 +28,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from failing import KILLED, compiled
 from nursery import Child, Nursery
@@ -54,7 +53,7 @@ def operations(run: TinyRun, *words: object) -> int:
 
 
 def starved(run: TinyRun, at: int, error: int, words: Sequence[object] = ()) -> Child:
-    """The process whose `at`-th operation fails; every later one that takes room too, where the disk is full."""
+    """The process whose `at`-th operation fails; later ones too where the disk is full."""
     fail = {"below": str(run.disk), "at": at, "error": error, "stays": error == errno.ENOSPC}
     named: dict[str, Any] = {"fail": fail, "blind": True}
     child = run.run(*words, **named) if words else run.go(**named)
@@ -79,7 +78,9 @@ def harmed(run: TinyRun, before: int, child: Child) -> list[str]:
         if reason := damage(folder):
             wrong.append(f"{folder.name}: {reason}")
     if run.newest_whole() < max(before, child.flags["saved"]):
-        wrong.append(f"step {max(before, child.flags['saved'])} was saved, and {run.newest_whole()} is the newest")
+        wrong.append(
+            f"step {max(before, child.flags['saved'])} was saved, and {run.newest_whole()} is the newest"
+        )
     if run.directory.recipe_file.exists():
         try:
             load_recipe(run.directory.recipe_file)
@@ -114,7 +115,9 @@ def command_faults(run: TinyRun, at: int, error: int, words: list[object]) -> tu
     child = starved(run, at, error, words)
     wrong = told(child, error) + harmed(run, 0, child)
     made = [p for p in run.directory.path.iterdir() if p.name.startswith("export-")]
-    if child.status == 2 and any(not (p / "export_report.json").exists() and not whole_model(p) for p in made):
+    if child.status == 2 and any(
+        not (p / "export_report.json").exists() and not whole_model(p) for p in made
+    ):
         wrong.append(f"{made[0].name} is half there")
     for path in made:
         shutil.rmtree(path)
@@ -220,7 +223,9 @@ def small_disks(every: int) -> int:
             failures += [f"tmpfs of {size} KiB: {line}" for line in wrong]
             print(*failures[-len(wrong) :] if wrong else [], sep="\n", end="\n" if wrong else "", flush=True)
     detail = ", ".join(f"{end} {times}" for end, times in sorted(ends.items()))
-    rows.append(f"{'a run on a tmpfs of 16 to 1984 KiB':<44} {'':>10} {len(sizes):>7} {len(failures):>8}  {detail}")
+    rows.append(
+        f"{'a run on a tmpfs of 16 to 1984 KiB':<44} {'':>10} {len(sizes):>7} {len(failures):>8}  {detail}"
+    )
     print(rows[-1])
     return bool(failures)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ def count_steps(flags: Flags) -> None:
 
     old = RunDirectory.append_record
 
-    def append_record(run: RunDirectory, record: Any) -> None:
-        old(run, record)
+    def append_record(self: RunDirectory, record: Mapping[str, Any]) -> None:
+        old(self, record)
         flags["step"] = record["step"]
 
     RunDirectory.append_record = append_record

@@ -4,8 +4,8 @@
 
 Whole runs are killed: loading, tokenizing, preflight, steps, evaluations, saves, the deletion of old
 checkpoints, the writing of adapter/. After every kill the newest whole checkpoint must be no older than the
-newest one that had been completed. At the end adapter and metrics must be the uninterrupted run's, bit for bit,
-and nothing half-written may be left. Exit status 1 if anything is otherwise. About a second a kill.
+newest one that had been completed. At the end adapter and metrics must be the uninterrupted run's, bit for
+bit, and nothing half-written may be left. Exit status 1 if anything is otherwise. About a second a kill.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 from nursery import Child, Nursery
 from tiny_runs import VARIANTS, Ended, TinyRun, Workshop
@@ -45,16 +44,22 @@ class Tally:
         return self.kills["save"] + self.kills["rotation"]
 
 
-def kill_runs(shop: Workshop, kills: int, seed: int, say=lambda line: None) -> Tally:
+def kill_runs(
+    shop: Workshop,
+    kills: int,
+    seed: int,
+    *,
+    names: Sequence[str] = tuple(VARIANTS),
+    say: Callable[[str], object] = lambda line: None,
+) -> Tally:
     """Runs are killed until there were so many, and as many as half of them inside."""
     rng, tally = random.Random(seed), Tally()
-    names = list(VARIANTS)
     while tally.total < kills or tally.inside < kills // 2:
         variant = names[tally.runs % len(names)]
         run = shop.begin(variant, f"killed-{tally.runs}")
         before = len(tally.failures)
         try:
-            one_run(run, variant, rng, tally, kills)
+            one_run(run, variant, rng, tally)
         except (TimeoutError, RuntimeError, OSError) as error:
             tally.failures.append(f"run {tally.runs} ({variant}): {error}")
         tally.runs += 1
@@ -64,13 +69,15 @@ def kill_runs(shop: Workshop, kills: int, seed: int, say=lambda line: None) -> T
     return tally
 
 
-def one_run(run: TinyRun, variant: str, rng: random.Random, tally: Tally, kills: int) -> None:
+def one_run(run: TinyRun, variant: str, rng: random.Random, tally: Tally) -> None:
     """One run, killed up to five times, then let go on to its end."""
     whole = run.workshop.whole(variant)
+    child = None
     for _ in range(rng.randint(3, 5)):
         saved = run.newest_whole()
         child = run.go()
-        if not kill_somewhere(child, whole, rng, inside=2 * tally.inside <= tally.total):
+        inside = 2 * tally.inside <= tally.total
+        if not kill_somewhere(child, whole, rng, resumed=saved > 0, inside=inside):
             if child.wait() != 0:
                 raise RuntimeError(f"ended with {child.status}\n{child.stderr}")
             break
@@ -82,7 +89,8 @@ def one_run(run: TinyRun, variant: str, rng: random.Random, tally: Tally, kills:
         if lost > run.recipe.training.save_every:
             raise RuntimeError(f"a kill lost {lost} steps")
         tally.most_lost = max(tally.most_lost, lost)
-    child = run.go() if child.status != 0 else child
+    if child is None or child.status != 0:
+        child = run.go()
     if child.wait() != 0:
         raise RuntimeError(f"resumed, it ended with {child.status}\n{child.stderr}")
     wrong = run.faults(whole)
@@ -90,7 +98,7 @@ def one_run(run: TinyRun, variant: str, rng: random.Random, tally: Tally, kills:
     tally.identical += not wrong
 
 
-def kill_somewhere(child: Child, whole: Ended, rng: random.Random, *, inside: bool) -> bool:
+def kill_somewhere(child: Child, whole: Ended, rng: random.Random, *, resumed: bool, inside: bool) -> bool:
     """Whether it died of it; not where it had ended before. whole: how long things take."""
     typical = whole.flags
     if inside:
@@ -100,7 +108,7 @@ def kill_somewhere(child: Child, whole: Ended, rng: random.Random, *, inside: bo
             if typical["rotations"]
             else [(1, "save_us", "saves")]
         )
-        wanted = rng.randint(1, min(3, typical[times]))
+        wanted = 1 if resumed else rng.randint(1, min(3, typical[times]))
         seen = entered = 0
 
         def there(flags) -> bool:

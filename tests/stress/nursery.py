@@ -1,8 +1,9 @@
 """Runs of the command line that cost a second each: children forked from a process that imported everything.
 
-The parent is a fresh process that has run nothing: no thread pool, no autograd, no accelerate state; a child is
-what `lora-dpo …` would be after its imports. `Nursery` starts it and asks for children over a pipe, in JSON
-lines. Each child is the leader of a process group, with its output in files and its flags in shared memory.
+The parent is a fresh process that has run nothing: no thread pool, no autograd, no accelerate state; a child
+is what `lora-dpo …` would be after its imports. `Nursery` starts it and asks for children over a pipe, in
+JSON lines. Each child is the leader of a process group, with its output in files and its flags in shared
+memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+sys.path += [str(HERE.parent), str(HERE.parents[1])]  # for the scripts: tests' builders, and the package
 SLOTS = (
     "inside",  # 1 in a checkpoint's writing, 2 in the deletion of an old one, 3 in that of adapter/
     "entered",  # how often one of them was begun
@@ -131,7 +133,9 @@ class Nursery:
             "OPENBLAS_NUM_THREADS": "1",
             "ARROW_DEFAULT_MEMORY_POOL": "system",
             "COLUMNS": "200",
-            "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join(
+                [str(HERE.parents[1]), str(HERE), os.environ.get("PYTHONPATH", "")]
+            ),
         }
         if preload is not None:
             environment["LD_PRELOAD"] = str(preload)

@@ -36,7 +36,7 @@ VARIANTS: dict[str, list[str]] = {
         "training.best_metric=rewards/margin",
     ],
 }
-"""Plain DPO; an objective with state; a reference that moves; moments in 8 bits (rank 32 has such tensors)."""
+"""Plain; an objective with state; a reference that moves; moments in 8 bits (rank 32 has such tensors)."""
 
 
 @dataclass
@@ -156,7 +156,9 @@ class TinyRun:
         now, wrong = self.ended(), []
         if now.sha256 != whole.sha256:
             wrong.append("another adapter than the uninterrupted run's")
-        places, expected = ([(r["kind"], r["step"]) for r in records] for records in (now.records, whole.records))
+        places, expected = (
+            [(r["kind"], r["step"]) for r in records] for records in (now.records, whole.records)
+        )
         if places != expected:
             wrong.append(f"metrics.jsonl has {places} instead of {expected}")
         elif now.records != whole.records:

@@ -47,8 +47,9 @@ class RunDirectory:
         """
         run = cls(Path(path).expanduser())
         try:
-            run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
             begun = run.recipe_file.exists() or bool(run.checkpoints())
+            if begun or not resume:
+                run.checkpoints_folder.mkdir(parents=True, exist_ok=True)
         except (OSError, ValueError) as error:
             raise RunError(f"run_directory: cannot make {run.path}: {error}") from error
         if begun and not resume:

@@ -134,6 +134,8 @@ class Trainer:
             then = restore_checkpoint(folder, self.model, self.optimizer)
             now = self.state
             differ = refuse(list(checkpoint_differences(folder, self.recipe, then, now, self.data)), accept)
+            for item in differ:
+                self.display.say(f"accepted: {item}")
             say_other_versions(then.versions, now.versions, self.display.say)
             then.changes += [f"after step {then.step}: {item}" for item in differ]
             # A smaller budget in the recipe counts, and so does one that was halved for want of memory.

@@ -170,6 +170,7 @@ class TinyRun:
         return wrong
 
     def litter(self) -> list[Path]:
-        ends = (".part", ".old", ".gone", ".tmp", "-wal", "-journal")
-        found = [*self.directory.path.rglob("*"), *(self.disk / "cache").rglob("*")]
-        return [path for path in found if path.name.endswith(ends)]
+        """What is half-written. A process killed while it writes tokens to the cache leaves a .part there."""
+        ends = (".part", ".old", ".gone", ".tmp")
+        found = [path for path in self.directory.path.rglob("*") if path.name.endswith(ends)]
+        return found + [p for p in (self.disk / "cache").rglob("*") if p.name.endswith(("-wal", "-journal"))]

@@ -249,20 +249,21 @@ def _until_stopped(job: Callable[..., Any], recipe: Recipe, resume: bool, accept
 def friendly_errors() -> Iterator[None]:
     """A `UserError` becomes one line and exit status 2; Ctrl-C becomes 130, SIGTERM 143 and SIGHUP 129."""
     from lora_dpo.errors import UserError
-    from lora_dpo.stopping import Interrupted, Stops
+    from lora_dpo.stopping import Stops
 
+    stops = Stops()
     try:
-        with Stops().listening():
+        with stops.listening():
             yield
     except UserError as error:
         _last_words(f"error: {error}")
         raise SystemExit(2) from None
-    except Interrupted as stop:
+    except (KeyboardInterrupt, SystemExit) as end:
+        # typer makes every KeyboardInterrupt a silent exit 130; a run that stopped has spoken itself.
+        if isinstance(end, SystemExit) and stops.asked is None:
+            raise
         _last_words("stopped; nothing half-written is left, the same command begins again")
-        raise SystemExit(stop.code) from None
-    except KeyboardInterrupt:
-        _last_words("stopped; nothing half-written is left, the same command begins again")
-        raise SystemExit(130) from None
+        raise SystemExit(128 + (stops.asked or 2)) from None
 
 
 def _last_words(text: str) -> None:

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 _HANG_UP = getattr(signal, "SIGHUP", None)
 
@@ -25,6 +26,20 @@ class Interrupted(KeyboardInterrupt):
     def code(self) -> int:
         """The exit status for it, as shells count: 130 for SIGINT, 143 for SIGTERM."""
         return 128 + self.number
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has. code: the exit status for it. checkpoint: the newest, if any."""
+
+    def __init__(self, number: int, checkpoint: Path | None, *, begun: bool = True):
+        if checkpoint is not None:
+            text = f"stopped; go on with --resume (last checkpoint: {checkpoint})"
+        elif begun:
+            text = "stopped before the first checkpoint; --resume begins again from the first step"
+        else:
+            text = "stopped before the first step: nothing is lost, the same command begins again"
+        super().__init__(text)
+        self.code = 128 + number
 
 
 class Stops:

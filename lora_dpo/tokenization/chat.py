@@ -124,11 +124,18 @@ class ChatTokenizer:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def save(self, folder: Path) -> None:
-        """Write the tokenizer with the chat template that was used: what serving the model needs."""
+        """Write the tokenizer with the chat template that was used: what serving the model needs. Raises
+        OSError.
+        """
         own = self._tokenizer.chat_template
         try:
             self._tokenizer.chat_template = self.chat_template  # pyright: ignore[reportAttributeAccessIssue]
             self._tokenizer.save_pretrained(str(folder))
+        except Exception as error:
+            if type(error) is not Exception:
+                raise
+            # What the tokenizers library says of a full disk is of no type of its own.
+            raise OSError(f"the tokenizer cannot be written: {error}") from error
         finally:
             self._tokenizer.chat_template = own
 

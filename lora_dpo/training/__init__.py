@@ -1,12 +1,13 @@
 """The loop, on accelerate, and the checks before it."""
 
+from lora_dpo.stopping import Stopped
 from lora_dpo.training.data import HeldOut, TrainingData, chat_tokenizer, prepare_data, prepare_held_out
 from lora_dpo.training.observers import Observer, Record
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display
 from lora_dpo.training.start import reference_cache, train
 from lora_dpo.training.step import step_gradient
-from lora_dpo.training.trainer import Stopped, Trainer
+from lora_dpo.training.trainer import Trainer
 
 __all__ = [
     "Display",

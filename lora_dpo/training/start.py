@@ -15,7 +15,7 @@ from lora_dpo.model import Model, load_config, load_model, load_tokenizer
 from lora_dpo.recipe import Recipe, field_names, pinned, to_yaml
 from lora_dpo.reference import ReferenceCache, base_fingerprint
 from lora_dpo.run_directory import RunDirectory, need_space, write_text
-from lora_dpo.stopping import Interrupted, Stops
+from lora_dpo.stopping import Interrupted, Stopped, Stops
 from lora_dpo.training.checkpoint import RECIPE
 from lora_dpo.training.data import TrainingData, prepare_data
 from lora_dpo.training.eva import start_from_data
@@ -23,7 +23,7 @@ from lora_dpo.training.keeping import Checkpoints
 from lora_dpo.training.observers import Observer, check_trackers
 from lora_dpo.training.progress import Display
 from lora_dpo.training.resuming import recipe_differences, refuse
-from lora_dpo.training.trainer import Stopped, Trainer
+from lora_dpo.training.trainer import Trainer
 
 
 def train(

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-import signal
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import cast
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list
 
 from lora_dpo.batching import StepSampler
-from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
-from lora_dpo.losses import LogProbs
-from lora_dpo.model import REFERENCE, Model, save_adapter, sync_reference
+from lora_dpo.model import REFERENCE, Model, save_adapter
 from lora_dpo.recipe import Recipe, to_dict, to_yaml
 from lora_dpo.reference import ReferenceCache, base_fingerprint, reference_fingerprint
 from lora_dpo.run_directory import RunDirectory, damage, need_space, write_folder
-from lora_dpo.stopping import Interrupted, Stops
+from lora_dpo.stopping import Interrupted, Stopped, Stops
 from lora_dpo.training.checkpoint import (
     Origin,
     TrainingState,
@@ -37,43 +32,18 @@ from lora_dpo.training.checkpoint import (
 )
 from lora_dpo.training.data import TrainingData
 from lora_dpo.training.finite import (
-    advice,
     check_finite_adapter,
     finite_only,
-    not_finite_adapter,
-    step_flags,
-    what_is_wrong,
-    with_bad_gradient,
-    wrong_gradient,
 )
 from lora_dpo.training.keeping import Checkpoints
 from lora_dpo.training.observers import Observer, Record, metrics_file, trackers
-from lora_dpo.training.optimizer import learning_rate, make_optimizer, set_learning_rate, whole_update
+from lora_dpo.training.optimizer import learning_rate
+from lora_dpo.training.optimizer_steps import OptimizerSteps
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display, duration
 from lora_dpo.training.resuming import checkpoint_differences, refuse, say_other_versions, versions
 from lora_dpo.training.speed import Speed
-from lora_dpo.training.step import StepSums, step_gradient, step_seed, step_totals
 from lora_dpo.training.watch import Watch
-
-SKIPS = 20
-"""So many updates in a row may overflow under loss scaling, and so many steps in a row be left out with
-training.on_bad_step=skip; then the run is broken, not the scale, or the rows.
-"""
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has. code: the exit status for it. checkpoint: the newest, if any."""
-
-    def __init__(self, number: int, checkpoint: Path | None, *, begun: bool = True):
-        if checkpoint is not None:
-            text = f"stopped; go on with --resume (last checkpoint: {checkpoint})"
-        elif begun:
-            text = "stopped before the first checkpoint; --resume begins again from the first step"
-        else:
-            text = "stopped before the first step: nothing is lost, the same command begins again"
-        super().__init__(text)
-        self.code = 128 + number
 
 
 class Trainer:
@@ -98,11 +68,8 @@ class Trainer:
         self.recipe, self.training, self.objective = recipe, recipe.training, recipe.loss
         self.run_directory, self.model, self.data = run, model, data
         self.accelerator, self.display, self.cache = accelerator, display, cache
-        ratio = recipe.adapter.lora_plus_ratio
-        self.optimizer = make_optimizer(self.training, model.trainable, lora_plus_ratio=ratio)
-        self.scaler = torch.amp.GradScaler(  # pyright: ignore[reportPrivateImportUsage]
-            model.device.type, enabled=model.compute_dtype == torch.float16
-        )
+        self.updates = OptimizerSteps(recipe, model, accelerator, display, cache)
+        self.optimizer, self.scaler = self.updates.optimizer, self.updates.scaler
         if self.training.gradient_checkpointing != "none":
             offload = self.training.gradient_checkpointing == "offload"
             model.checkpoint_layers(offload=offload)
@@ -133,7 +100,6 @@ class Trainer:
         self.observers = [metrics_file(run), display.observe, *observers]
         if self.training.trackers:
             self.observers.insert(1, trackers(accelerator, "lora_dpo", to_dict(recipe)))
-        self._stop: int | None = None
         self._saved: TrainingState | None = None
         # Whether adapter, optimizer and counters are those of the same step, and none is being written.
         self._settled = True
@@ -202,7 +168,7 @@ class Trainer:
                 self._loop()
             except Interrupted as stop:
                 # Of several processes only what all agreed on may be waited for.
-                if self._settled and (self._alone or self._stop is not None):
+                if self._settled and (self.updates.alone or self.updates.stop is not None):
                     self._save()
                 raise Stopped(stop.number, self.checkpoints.newest_written()) from None
 
@@ -218,156 +184,27 @@ class Trainer:
                     self.display.say(line)
                 self.state.watch = self.watch.state()
                 self._settled = True
-            stop = self.stops.asked if self._alone else self._stop
+            stop = self.stops.asked if self.updates.alone else self.updates.stop
             if stop is not None:
                 raise Interrupted(stop)
             self._evaluate_and_save()
-            if self._alone:
+            if self.updates.alone:
                 self.stops.check()
         with self.stops.held():
             self._finish()
-        if self._alone:
+        if self.updates.alone:
             self.stops.check()
 
-    @property
-    def _alone(self) -> bool:
-        return self.accelerator.num_processes == 1
-
     def step(self) -> dict[str, float]:
-        """One optimizer step; returns its metrics. Raises RunError where the loss or gradient isn't a number,
-        unless such steps are left out.
-        """
+        """One optimizer step; returns its metrics. See `OptimizerSteps.step`."""
         began = time.monotonic()
-        examples = self.sampler.step(self.state.step)
-        mine = examples[self.accelerator.process_index :: self.accelerator.num_processes]
-        train = self.data.train
-        sums = step_gradient(
-            self.model,
-            self.objective,
-            [train[n] for n in mine],
-            totals=step_totals([train[n] for n in examples]),
-            tokens_per_microbatch=self.state.tokens_per_microbatch,
-            seed=step_seed(self.training.seed, self.state.step, self.accelerator.process_index),
-            # Not Accelerator.backward: it divides by the accumulation steps of the user's accelerate config.
-            backward=lambda loss: self.scaler.scale(loss).backward(),
-            cache=self.cache,
-            state=self.state.objective,
-            gather=None if self._alone else self._gather,
-            say=self.display.say,
-        )
-        self.state.tokens_per_microbatch = sums.tokens_per_microbatch
-        metrics, flags = self._means(sums, len(examples))
-        metrics["learning_rate"] = learning_rate(self.training, self.state.step, self.steps)
-        set_learning_rate(self.optimizer, metrics["learning_rate"])
-        wrong = what_is_wrong(flags, metrics["loss"], [train[n] for n in examples])
-        if wrong is None:
-            norm = self._update()
-            if norm is None:
-                wrong = self._why_no_gradient(sums, len(examples))
-            else:
-                metrics["grad_norm"] = norm
-        if wrong is None:
-            if self.cache is not None:
-                self.cache.commit()
-            self.state.objective = {name: float(value) for name, value in sums.state.items()}
-        else:
-            self._leave_out(wrong)
-            metrics = finite_only(metrics)
-        self.state.step += 1
-        metrics["skipped_steps"] = self.state.skipped_steps
-        self._sync_reference()
-        metrics["tokens_per_microbatch"] = self.state.tokens_per_microbatch
+        examples = [self.data.train[n] for n in self.sampler.step(self.state.step)]
+        rate = learning_rate(self.training, self.state.step, self.steps)
+        metrics = self.updates.step(self.state, examples, rate, self.stops.asked)
         speed = self.speed.metrics(
             self.state.step, tokens=metrics["tokens"], examples=len(examples), began=began
         )
         return metrics | speed
-
-    def _gather(self, own: LogProbs) -> tuple[list[LogProbs], int]:
-        """Every process's log-probs of the step, for objectives that look at all of it."""
-        parts = [part.to(self.model.device) for part in gather_object([own.to("cpu")])]
-        return parts, self.accelerator.process_index
-
-    def _sync_reference(self) -> None:
-        """Every reference.sync_every steps the reference becomes the policy. No cache is open then."""
-        every = self.recipe.reference.sync_every
-        if every and self.objective.needs_reference and self.state.step % every == 0:
-            sync_reference(self.model)
-            self.state.synced_at = self.state.step
-
-    def _leave_out(self, wrong: str) -> None:
-        """Drop all that came of this step, adapter and optimizer stay as they were. Raises RunError where the
-        recipe doesn't leave such steps out, or nothing else would follow.
-        """
-        number = self.state.step + 1
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.cache is not None:
-            self.cache.drop_pending()
-        broken = not_finite_adapter(self.model)
-        if broken is not None:
-            raise RunError(
-                f"step {number}: {broken}, so {wrong}; nothing was saved since. {advice(self.model)}"
-            )
-        if self.training.on_bad_step == "stop":
-            raise RunError(f"step {number}: {wrong}; nothing was updated. {advice(self.model)}")
-        if self.state.skipped_in_a_row >= SKIPS:
-            raise RunError(f"step {number}: {wrong}, after {SKIPS} such steps in a row. {advice(self.model)}")
-        self.state.skipped_in_a_row += 1
-        self.state.skipped_steps += 1
-        self.display.say(f"step {number} is left out ({self.state.skipped_steps} so far): {wrong}")
-
-    def _why_no_gradient(self, sums: StepSums, examples: int) -> str:
-        self.display.say(f"step {self.state.step + 1}: looking for the rows whose gradient is not finite")
-        bad = [sums.step.branches[n] for n in with_bad_gradient(sums.step, sums.tokens_per_microbatch)]
-        return wrong_gradient(bad if self._alone else gather_object(bad), examples)
-
-    def _update(self) -> float | None:
-        """Add up the processes' gradients, clip, step the optimizer; returns the norm before clipping, None
-        where it isn't finite and nothing was updated.
-
-        With loss scaling, an overflow skips the update and lowers the scale; the norm of that step is 0.
-        """
-        parameters = list(self.model.trainable.values())
-        if not self._alone:
-            self._add_up([p.grad for p in parameters if p.grad is not None])
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.max_grad_norm or math.inf).item()
-        if math.isfinite(norm):
-            self.state.skipped_in_a_row = 0
-        elif self.scaler.is_enabled() and self.state.skipped_in_a_row < SKIPS:
-            self.state.skipped_in_a_row += 1
-            norm = 0.0
-        else:
-            return None
-        with whole_update():
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
-
-    def _add_up(self, gradients: list[torch.Tensor]) -> None:
-        """Sum the gradients over processes, in place, by one all-reduce."""
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        flat = cast(torch.Tensor, self.accelerator.reduce(flat, "sum"))
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
-
-    def _means(self, sums: StepSums, examples: int) -> tuple[dict[str, float], list[float]]:
-        """The step's metrics over all processes, and the flags of its examples, read back from the device in
-        one piece.
-        """
-        names = sorted(sums.metrics)
-        values = torch.stack([sums.loss.double(), *(sums.metrics[n].double() for n in names)])
-        own = [sums.tokens, sums.out_of_memory_retries, self.stops.asked or 0]
-        own = torch.tensor(own, dtype=torch.float64, device=values.device)
-        process, processes = self.accelerator.process_index, self.accelerator.num_processes
-        flags = step_flags(sums.flags, process, processes, examples)
-        total = cast(torch.Tensor, self.accelerator.reduce(torch.cat([flags, values, own]), "sum")).tolist()
-        loss, *totals, tokens, retries, stop = total[examples:]
-        # All processes stop at the same step, whichever of them heard of the signal.
-        self._stop = (self.stops.asked or signal.SIGTERM) if stop else None
-        means = {name: total / examples for name, total in zip(names, totals, strict=True)}
-        metrics = {"loss": loss, **means, "tokens": tokens, "out_of_memory_retries": retries}
-        return metrics, total[:examples]
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.training.eval_every
@@ -379,7 +216,7 @@ class Trainer:
         better = False
         if self._evaluation_due():
             # A signal breaks it off: it is done again after --resume. Several processes would not agree.
-            with nullcontext() if self._alone else self.stops.held():
+            with nullcontext() if self.updates.alone else self.stops.held():
                 result = self._evaluate()
             with self.stops.held():
                 better = self._take(result)

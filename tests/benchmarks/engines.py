@@ -33,6 +33,8 @@ from workload import (
     synthetic_pairs,
 )
 
+from lora_dpo.errors import RunError
+
 BETA = 0.1
 RANK, ALPHA = 16, 32
 SEED = 0
@@ -445,7 +447,7 @@ def _trains(engine: LoraDpo | Trl, pairs: Sequence[Any]) -> bool:
     try:
         engine.run([[pair] for pair in pairs])
         return True
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RunError):  # ours names the row that does not fit
         return False
     finally:
         network = engine.model.network if isinstance(engine, LoraDpo) else engine.trainer.model

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 from typing import Any
 
+from lora_dpo.preferences.json_rows import MalformedError, parse
 from lora_dpo.preferences.records import Message, Messages, RefusalError, Row
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -30,7 +30,10 @@ _shorten.maxstring = _shorten.maxother = 80
 
 def shown(value: object) -> str:
     """A short repr for messages to the user."""
-    return _shorten.repr(value)
+    try:
+        return _shorten.repr(value)
+    except Exception:  # an integer of thousands of digits, or an object of the user's that has no good repr
+        return f"a value of type {type(value).__name__}"
 
 
 def messages(value: object, role: str) -> Messages:
@@ -75,8 +78,8 @@ def _sharegpt_message(value: Message) -> Message:
 def _tool_calls(text: object) -> list[dict[str, Any]]:
     """The tool calls of a function_call turn: JSON of {"name", "arguments"}, or a list of them."""
     try:
-        calls = json.loads(text) if isinstance(text, str) else text
-    except (ValueError, RecursionError):
+        calls = parse(text) if isinstance(text, str) else text
+    except MalformedError:
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from lora_dpo.preferences.conversations import shown
+from lora_dpo.preferences.json_rows import MalformedError, parse
 from lora_dpo.preferences.records import Message, Messages, RefusalError, Row
 
 DEEPEST = 64
@@ -155,6 +155,6 @@ def _parsed(value: object, column: str) -> object:
     if not value:
         return None
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise RefusalError(f"malformed {column}", f"not JSON: {shown(value)}") from None
+        return parse(value)
+    except MalformedError as error:
+        raise RefusalError(f"malformed {column}", f"{error}: {shown(value)}") from None

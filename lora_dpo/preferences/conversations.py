@@ -36,6 +36,11 @@ def shown(value: object) -> str:
         return f"a value of type {type(value).__name__}"
 
 
+def is_empty(value: object) -> bool:
+    """Whether this is the empty text; comparing an array with a text would give an array."""
+    return isinstance(value, str) and not value
+
+
 def messages(value: object, role: str) -> Messages:
     """A string becomes one message of `role`; a message, or a list of messages, is taken as it is.
 
@@ -90,7 +95,7 @@ def _tool_calls(text: object) -> list[dict[str, Any]]:
 def with_system(row: Row, conversation: Messages) -> Messages:
     """The conversation under the row's "system" (or "system_prompt") column; an empty one adds nothing."""
     system = row.get("system", row.get("system_prompt"))
-    if system is None or system == "":
+    if system is None or is_empty(system):
         return conversation
     message = {"role": "system", "content": system}
     return conversation if conversation[:1] == (message,) else (message, *conversation)

@@ -105,9 +105,9 @@ def _line(parser: _Parser, line: bytes) -> object:
 
 def read_json(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     """A list of rows, an object that holds one under "data" or "rows", a single row, or JSON lines."""
-    content = stream.read().removeprefix(BOM)
+    content = stream.read()
     # Bytes that are no UTF-8 become surrogates, which no valid text holds, and are reported with their row.
-    text = content.decode("utf-8", "surrogateescape")
+    text = content.removeprefix(BOM).decode("utf-8", "surrogateescape")
     start = skip_space(text, 0)
     if start == len(text):
         raise DataError(f"{name}: the file is empty")

@@ -36,7 +36,7 @@ def open_saved(folder: Path, split: str | None, name: str) -> Any:
         _check_inside(found, folder / SPLITS, name)
     if split is None and len(splits) == 1:
         split = splits[0]
-    if split not in splits:
+    if split is None or split not in splits:
         there = ", ".join(map(str, splits))
         raise DataError(f"{name}: name one of the folder's splits after a ':'; there are {there}")
     return _open(folder / split, name)

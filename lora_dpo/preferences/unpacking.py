@@ -31,7 +31,7 @@ def open_unpacked(path: Path) -> IO[bytes]:
 class _Bounded(io.RawIOBase):
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = gzip.open(path)
+        self._file = gzip.GzipFile(path)
         self._left = max(UNSUSPICIOUS, HIGHEST_RATIO * path.stat().st_size)
 
     def readable(self) -> bool:
@@ -42,7 +42,7 @@ class _Bounded(io.RawIOBase):
         self._left -= count
         if self._left < 0:
             ratio = f"more than {HIGHEST_RATIO} times its size"
-            raise DataError(f"{self._path}: unpacks to {ratio}; if it is meant to, unpack it with gunzip first")
+            raise DataError(f"{self._path}: unpacks to {ratio}; if that is meant, gunzip it first")
         return count
 
     def close(self) -> None:

@@ -95,7 +95,9 @@ class ControlStrings:
         return re.compile("(" + ("|".join(words) or "(?!)") + ")")
 
     def _one(self, text: str) -> str:
-        return rf"{_NO_LETTER_BEFORE}{re.escape(text)}(?!\w)" if text in self._single_word else re.escape(text)
+        return (
+            rf"{_NO_LETTER_BEFORE}{re.escape(text)}(?!\w)" if text in self._single_word else re.escape(text)
+        )
 
 
 class Marker:

@@ -104,7 +104,8 @@ def run(kind: str, one, examples: int, seed: int) -> None:
         deadline=None,
         database=None,
         phases=[hypothesis.Phase.generate],
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),  # pyright: ignore[reportArgumentType]
+        print_blob=False,
     )
     @hypothesis.given(draws)
     def body(drawn) -> None:

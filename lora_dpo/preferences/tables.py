@@ -124,7 +124,7 @@ def read_dataset(dataset: Any, name: str) -> Generator[RawRow, None, None]:
     import datasets
 
     if isinstance(dataset, datasets.Dataset):
-        tables: Iterator[Any] = dataset.with_format("arrow").iter(BATCH_ROWS)
+        tables: Any = dataset.with_format("arrow").iter(BATCH_ROWS)  # of pyarrow.Table
         batches = (batch for table in tables for batch in table.to_batches())
         with _damage_reported(name, "a dataset"):
             check_columns(dataset.column_names, f"{name}: the schema")

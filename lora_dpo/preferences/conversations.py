@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 import reprlib
 from typing import Any
 
+from lora_dpo.preferences.json_rows import MalformedError, parse
 from lora_dpo.preferences.records import Message, Messages, RefusalError, Row
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -30,7 +30,15 @@ _shorten.maxstring = _shorten.maxother = 80
 
 def shown(value: object) -> str:
     """A short repr for messages to the user."""
-    return _shorten.repr(value)
+    try:
+        return _shorten.repr(value)
+    except Exception:  # an integer of thousands of digits, or an object of the user's that has no good repr
+        return f"a value of type {type(value).__name__}"
+
+
+def is_empty(value: object) -> bool:
+    """Whether this is the empty text; comparing an array with a text would give an array."""
+    return isinstance(value, str) and not value
 
 
 def messages(value: object, role: str) -> Messages:
@@ -75,8 +83,8 @@ def _sharegpt_message(value: Message) -> Message:
 def _tool_calls(text: object) -> list[dict[str, Any]]:
     """The tool calls of a function_call turn: JSON of {"name", "arguments"}, or a list of them."""
     try:
-        calls = json.loads(text) if isinstance(text, str) else text
-    except (ValueError, RecursionError):
+        calls = parse(text) if isinstance(text, str) else text
+    except MalformedError:
         calls = None
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) and "name" in call for call in calls):
@@ -87,7 +95,7 @@ def _tool_calls(text: object) -> list[dict[str, Any]]:
 def with_system(row: Row, conversation: Messages) -> Messages:
     """The conversation under the row's "system" (or "system_prompt") column; an empty one adds nothing."""
     system = row.get("system", row.get("system_prompt"))
-    if system is None or system == "":
+    if system is None or is_empty(system):
         return conversation
     message = {"role": "system", "content": system}
     return conversation if conversation[:1] == (message,) else (message, *conversation)

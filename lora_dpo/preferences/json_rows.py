@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
 from typing import IO, Any
 
 from lora_dpo.errors import DataError
@@ -24,6 +25,10 @@ class MalformedError(Exception):
     """The text at this place is not JSON."""
 
 
+class DuplicateError(MalformedError):
+    """It is JSON, but an object has a key twice, and one of the two values would be lost."""
+
+
 class _Parser:
     """Python's JSON decoder, which would keep the last of several equal keys; this one tells."""
 
@@ -34,8 +39,7 @@ class _Parser:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            self._duplicate = next(key for key in keys if keys.count(key) > 1)
+            self._duplicate = repeated(key for key, _ in pairs)[0]
         return result
 
     def read(self, text: str, start: int) -> tuple[object, int]:
@@ -52,6 +56,21 @@ class _Parser:
         if self._duplicate is not None:
             return RefusalError("malformed JSON", f"duplicate key {self._duplicate!r}"), end
         return value, end
+
+
+def repeated(names: Iterable[str]) -> list[str]:
+    """The names that come more than once, in their order."""
+    return [name for name, count in Counter(names).items() if count > 1]
+
+
+def parse(text: str) -> object:
+    """The one JSON value that the text is. Raises MalformedError for anything else, duplicate keys too."""
+    value, end = _Parser().read(text, skip_space(text, 0))
+    if skip_space(text, end) < len(text):
+        raise MalformedError("text after the value")
+    if isinstance(value, RefusalError):
+        raise DuplicateError(value.detail)
+    return value
 
 
 def skip_space(text: str, start: int) -> int:
@@ -86,9 +105,9 @@ def _line(parser: _Parser, line: bytes) -> object:
 
 def read_json(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     """A list of rows, an object that holds one under "data" or "rows", a single row, or JSON lines."""
-    content = stream.read().removeprefix(BOM)
+    content = stream.read()
     # Bytes that are no UTF-8 become surrogates, which no valid text holds, and are reported with their row.
-    text = content.decode("utf-8", "surrogateescape")
+    text = content.removeprefix(BOM).decode("utf-8", "surrogateescape")
     start = skip_space(text, 0)
     if start == len(text):
         raise DataError(f"{name}: the file is empty")
@@ -96,7 +115,7 @@ def read_json(stream: IO[bytes], name: str) -> Iterator[RawRow]:
     if text[start] == "[":
         end = yield from document.elements(start)
         document.expect_end(end)
-    elif (found := document.find_list(start)) is not None:
+    elif text[start] == "{" and (found := document.find_list(start)) is not None:
         end = yield from document.elements(found)
         document.expect_object_end(end)
     elif document.is_one_object(start):

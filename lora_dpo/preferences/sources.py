@@ -1,23 +1,25 @@
 """From what a recipe names to rows: a file, a folder, a hub id, or rows already in memory.
 
-A local path that exists always wins, and nothing but a hub id ("org/name") touches the network.
+A local path that exists always wins, and nothing but a hub id ("org/name") touches the network. No code that
+comes with data is run: `datasets` has given up loading scripts, and a folder's ".py" files are not looked at.
 """
 
 from __future__ import annotations
 
 import difflib
-import gzip
 import os
 import re
 import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any
 
 from lora_dpo.errors import DataError
 from lora_dpo.preferences.json_rows import read_json, read_jsonl
 from lora_dpo.preferences.records import RawRow, Where
+from lora_dpo.preferences.saved import is_saved_dataset, open_saved
 from lora_dpo.preferences.tables import read_arrow, read_csv, read_dataset, read_parquet
+from lora_dpo.preferences.unpacking import open_unpacked
 
 Rows = Generator[RawRow, None, None]
 """Closing it closes the file."""
@@ -110,7 +112,10 @@ def _not_found(path: str, base_dir: Path | None) -> str:
     wanted = _resolve(path, base_dir)
     if wanted is None or not wanted.parent.is_dir():
         return text
-    names = sorted(entry.name for entry in wanted.parent.iterdir())
+    try:
+        names = sorted(entry.name for entry in wanted.parent.iterdir())
+    except OSError:
+        return text
     nearest = difflib.get_close_matches(wanted.name, names, n=1)
     return text + (f"; did you mean {wanted.parent / nearest[0]}?" if nearest else "")
 
@@ -128,6 +133,8 @@ def _rows_of_file(path: Path, name: str) -> Rows:
     if reader is None:
         known = ", ".join(READERS)
         raise DataError(f"{name}: files of this type are not read; the types are {known}, each also with .gz")
+    if not path.is_file():  # opening a named pipe waits for whoever writes to it, maybe for ever
+        raise DataError(f"{name}: is not a regular file; write the data to one")
     last = "at its beginning"
     try:
         with _open(path) as stream:
@@ -139,7 +146,7 @@ def _rows_of_file(path: Path, name: str) -> Rows:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path)) if path.name.lower().endswith(".gz") else path.open("rb")
+    return open_unpacked(path) if path.name.lower().endswith(".gz") else path.open("rb")
 
 
 def _reader(file_name: str) -> Reader | None:
@@ -152,8 +159,8 @@ def _rows_of_folder(folder: Path, parts: list[str], name: str) -> Rows:
     split = parts[-1] if parts else None
     if not folder.is_dir():
         raise DataError(f"{name}: there is no folder {folder}")
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _rows_of_saved_dataset(folder, split, name)
+    if is_saved_dataset(folder):
+        return read_dataset(open_saved(folder, split, name), name)
     files = _data_files(folder, split, name)
     return _rows_of_files(files)
 
@@ -164,7 +171,10 @@ def _rows_of_files(files: list[Path]) -> Rows:
 
 
 def _data_files(folder: Path, split: str | None, name: str) -> list[Path]:
-    files = sorted(file for file in folder.rglob("*") if _reader(file.name) and _is_visible(file, folder))
+    try:
+        files = sorted(file for file in folder.rglob("*") if _reader(file.name) and _is_visible(file, folder))
+    except OSError as error:
+        raise DataError(f"{name}: the folder cannot be read: {error}") from None
     if not files:
         raise DataError(f"{name}: the folder holds no data files ({', '.join(READERS)})")
     splits = {file: _split_of(file, folder) for file in files}
@@ -194,25 +204,6 @@ def _split_of(file: Path, folder: Path) -> str:
     if first != file.name and first.partition("_")[0] in SPLIT_NAMES:
         return first
     return _shard.sub("", Path(file.name.removesuffix(".gz")).stem)
-
-
-def _rows_of_saved_dataset(folder: Path, split: str | None, name: str) -> Rows:
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(str(folder))
-    except Exception as error:  # whatever a damaged folder makes `datasets` raise
-        raise DataError(f"{name}: cannot be read as a saved dataset: {error}") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split is None and len(saved) == 1:
-            split = str(next(iter(saved)))
-        if split not in saved:
-            there = ", ".join(map(str, saved))
-            raise DataError(f"{name}: name one of the folder's splits after a ':'; there are {there}")
-        return read_dataset(saved[split], name)
-    if split is not None:
-        raise DataError(f"{name}: the folder holds one dataset without splits")
-    return read_dataset(saved, name)
 
 
 def _rows_of_hub(repository: str, config: str | None, split: str, name: str) -> Rows:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 from collections.abc import Generator, Iterable, Iterator
 from typing import IO, Any
 
 from lora_dpo.errors import DataError
+from lora_dpo.preferences.arrow_rows import rows_of_batch, without_absent
+from lora_dpo.preferences.conversations import shown
+from lora_dpo.preferences.json_rows import DuplicateError, MalformedError, parse, repeated
 from lora_dpo.preferences.records import BadRowError, RawRow, RefusalError, Where
 
 BATCH_ROWS = 1000
@@ -36,9 +38,13 @@ def read_csv(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 def _check_header(header: list[str], name: str) -> None:
     if not header:
         raise DataError(f"{name}: the file is empty; its first line must name the columns")
-    repeated = sorted({column for column in header if header.count(column) > 1})
-    if repeated:
-        raise DataError(f"{name}: the header names {', '.join(map(repr, repeated))} more than once")
+    check_columns(header, f"{name}: the header")
+
+
+def check_columns(columns: Iterable[str], what: str) -> None:
+    """Raises DataError where two columns have one name: a row can hold one of them only."""
+    if twice := repeated(columns):
+        raise DataError(f"{what} names {', '.join(map(shown, sorted(twice)))} more than once")
 
 
 def _csv_row(header: list[str], cells: list[str]) -> object:
@@ -48,15 +54,20 @@ def _csv_row(header: list[str], cells: list[str]) -> object:
         "".join(cells).encode("utf-8")
     except UnicodeEncodeError:
         return RefusalError("invalid UTF-8", "the row holds bytes that are no UTF-8")
-    return {column: _cell(cell) for column, cell in zip(header, cells, strict=True)}
+    try:
+        return {column: _cell(cell) for column, cell in zip(header, cells, strict=True)}
+    except DuplicateError as error:
+        return RefusalError("malformed JSON", str(error))
 
 
 def _cell(text: str) -> object:
     if not text.startswith("[{"):
         return text
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse(text)
+    except DuplicateError:
+        raise
+    except MalformedError:
         return text
 
 
@@ -65,6 +76,7 @@ def read_parquet(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 
     with _damage_reported(name, "Parquet"):
         file = pq.ParquetFile(stream)
+        check_columns(file.schema_arrow.names, f"{name}: the schema")
         yield from _batch_rows(file.iter_batches(batch_size=BATCH_ROWS), name)
 
 
@@ -79,7 +91,9 @@ def read_arrow(stream: IO[bytes], name: str) -> Iterator[RawRow]:
             file = pa.ipc.open_file(stream)
             batches = (file.get_batch(index) for index in range(file.num_record_batches))
         else:
-            batches = iter(pa.ipc.open_stream(stream))
+            file = pa.ipc.open_stream(stream)
+            batches = iter(file)
+        check_columns(file.schema.names, f"{name}: the schema")
         yield from _batch_rows(batches, name)
 
 
@@ -87,6 +101,8 @@ def read_arrow(stream: IO[bytes], name: str) -> Iterator[RawRow]:
 def _damage_reported(name: str, kind: str) -> Iterator[None]:
     try:
         yield
+    except DataError:
+        raise
     except Exception as error:  # a damaged file makes pyarrow raise errors of many types
         raise DataError(f"{name}: cannot be read as {kind}: {error}") from error
 
@@ -94,38 +110,27 @@ def _damage_reported(name: str, kind: str) -> Iterator[None]:
 def _batch_rows(batches: Iterable[Any], name: str) -> Iterator[RawRow]:
     number = 0
     for batch in batches:
-        for row in _rows_of_batch(batch):
+        for row in rows_of_batch(batch):
             number += 1
             yield Where(name, number), row
 
 
-def _rows_of_batch(batch: Any) -> list[object]:
-    """The rows of a pyarrow.RecordBatch; a row whose values are damaged becomes a `RefusalError`."""
-    try:
-        batch.validate(full=True)  # converting unchecked values of a damaged file can crash the process
-        return [without_absent(row) for row in batch.to_pylist()]
-    except (ValueError, OverflowError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        if batch.num_rows > 1:  # find its row
-            return [row for index in range(batch.num_rows) for row in _rows_of_batch(batch.slice(index, 1))]
-        return [RefusalError("invalid UTF-8" if "UTF8" in str(error) else "unreadable value", str(error))]
-
-
 def read_dataset(dataset: Any, name: str) -> Generator[RawRow, None, None]:
-    """The rows of a `datasets.Dataset` or `IterableDataset`."""
+    """The rows of a `datasets.Dataset` or `IterableDataset`.
+
+    A `Dataset` is read as the Arrow table that it is: features that would open files or addresses named in
+    a cell (images, sound) stay the text that they are.
+    """
+    import datasets
+
+    if isinstance(dataset, datasets.Dataset):
+        tables: Any = dataset.with_format("arrow").iter(BATCH_ROWS)  # of pyarrow.Table
+        batches = (batch for table in tables for batch in table.to_batches())
+        with _damage_reported(name, "a dataset"):
+            check_columns(dataset.column_names, f"{name}: the schema")
+            yield from _batch_rows(batches, name)
+        return
     if hasattr(dataset, "with_format"):
         dataset = dataset.with_format(None)
     for number, row in enumerate(dataset, start=1):
         yield Where(name, number), without_absent(row)
-
-
-def without_absent(value: Any) -> Any:
-    """The value without None-valued keys at any depth.
-
-    Arrow gives every struct of a column the keys of all others and fills them with None, so that a None there
-    is a key that was absent.
-    """
-    if isinstance(value, dict):
-        return {key: without_absent(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_absent(item) for item in value]
-    return value

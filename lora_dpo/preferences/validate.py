@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
-from lora_dpo.preferences.conversations import shown
+from lora_dpo.preferences.conversations import is_empty, shown
+from lora_dpo.preferences.json_rows import MalformedError, parse
 from lora_dpo.preferences.records import Message, Messages, RefusalError, Row
 
 DEEPEST = 64
@@ -133,7 +133,11 @@ def template_kwargs_of(row: Row) -> Mapping[str, Any]:
 
 def values_of(row: Row, *columns: str) -> dict[str, float]:
     """Those of the columns "weight" and "margin" that the row has (an empty cell of a CSV file is none)."""
-    return {column: _number(row[column], column) for column in columns if row.get(column, "") != ""}
+    return {
+        column: _number(row[column], column)
+        for column in columns
+        if column in row and not is_empty(row[column])
+    }
 
 
 def _number(value: object, column: str) -> float:
@@ -155,6 +159,6 @@ def _parsed(value: object, column: str) -> object:
     if not value:
         return None
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        raise RefusalError(f"malformed {column}", f"not JSON: {shown(value)}") from None
+        return parse(value)
+    except MalformedError as error:
+        raise RefusalError(f"malformed {column}", f"{error}: {shown(value)}") from None

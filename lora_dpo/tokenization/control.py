@@ -34,6 +34,7 @@ _FRAME = re.compile(
 )
 """What strings of the turn structure look like in the designs that are in use."""
 _PRIVATE = re.compile("[\U000f0000-\U000ffffd]")
+_NO_LETTER_BEFORE = r"(?<!\w)"
 _NAME_LIKE = re.compile(r"[\w.:/\-]*")
 _STRUCTURE_KEYS = frozenset({"role", "type", "id", "tool_call_id"})
 
@@ -54,6 +55,8 @@ class ControlStrings:
         self.special = frozenset(text for text, (_, token) in control.items() if token.special)
         self.unbreakable = frozenset(text for text in control if len(text) == 1)
         self.pattern = self._matcher(self.ids)
+        # A breaker is no letter: right after one, what must not follow a letter can begin.
+        self._after_breaker = re.compile(self.pattern.pattern.replace(_NO_LETTER_BEFORE, ""))
         self.set_structure(())
 
     def set_structure(self, written: Iterable[str]) -> None:
@@ -71,12 +74,14 @@ class ControlStrings:
 
     def break_up(self, content: str, breaker: str) -> str:
         """Content with `breaker` inside every control string, overlapping ones too."""
+        pieces, done = [], 0
         found = self.pattern.search(content)
         while found:
             cut = found.start() + 1
-            content = content[:cut] + breaker + content[cut:]
-            found = self.pattern.search(content, cut)
-        return content
+            pieces += [content[done:cut], breaker]
+            done = cut
+            found = self._after_breaker.match(content, cut) or self.pattern.search(content, cut + 1)
+        return "".join([*pieces, content[done:]])
 
     def split_allowed(self, content: str) -> list[str]:
         """Content around the strings allowed to assistants: text at even places, such strings at odd ones."""
@@ -107,7 +112,9 @@ class ControlStrings:
         return re.compile("(" + ("|".join(words) or "(?!)") + ")")
 
     def _one(self, text: str) -> str:
-        return rf"(?<!\w){re.escape(text)}(?!\w)" if text in self._single_word else re.escape(text)
+        return (
+            rf"{_NO_LETTER_BEFORE}{re.escape(text)}(?!\w)" if text in self._single_word else re.escape(text)
+        )
 
 
 class Marker:

@@ -9,44 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders import small_tokenizer
+from hostile_files import FORMATS, Case, check, files, in_memory, junk_rows, messages, saved
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lora_dpo.errors import DataError
 from lora_dpo.preferences import Preference, load_demonstrations, load_preferences, load_ratings
-from lora_dpo.preferences.conversations import SHAREGPT_ROLES
-from lora_dpo.preferences.ranked import GRADES, LABELS, RANK_LISTS, RESPONSES, TEXTS
 from lora_dpo.recipe import Data
+from lora_dpo.tokenization import ChatTokenizer
 
-COLUMNS = [
-    *("prompt", "chosen", "rejected", "messages", "conversations", "instruction", "input", "history"),
-    *("system", "question", "completion", "output", "tools", "chat_template_kwargs", "scores", "ratings"),
-    *("response_0", "response_1", "text", "label", "weight", "margin", *RESPONSES, *LABELS, *RANK_LISTS),
-]
-_texts = st.one_of(
-    st.text(st.characters(exclude_categories=[]), max_size=8),
-    st.sampled_from(["hi", "", " ", "\n\nHuman: a\n\nAssistant: b", "\n\nHuman:", "[{", "{}", "\ud800"]),
-)
-_speakers = st.sampled_from([*SHAREGPT_ROLES, "function_call"])
-_messages = st.one_of(
-    st.fixed_dictionaries({"role": _speakers, "content": _texts}),
-    st.fixed_dictionaries({"from": _speakers, "value": _texts}),
-    st.fixed_dictionaries(
-        {"role": st.just("assistant"), "tool_calls": st.just([{"function": {"name": "f"}}])}
-    ),
-)
-_leaves = st.none() | st.booleans() | st.integers() | st.floats() | _texts
-_values = st.recursive(
-    _leaves | _messages | st.lists(_messages, max_size=4),
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from([*TEXTS, *GRADES, "role", "content", "rank"]) | _texts, inner, max_size=3
-        ),
-    ),
-    max_leaves=6,
-)
-_rows = st.dictionaries(st.sampled_from(COLUMNS), _values, max_size=6)
 FUZZ = settings(max_examples=250, deadline=None, derandomize=True)
 
 
@@ -69,7 +41,7 @@ def load_or_refuse(train: Any, **data: Any) -> list[Preference]:
 
 
 @FUZZ
-@given(row=_rows, as_text=st.booleans())
+@given(row=junk_rows, as_text=st.booleans())
 def test_any_json_row_is_accepted_or_refused(
     rows_file: Callable[[list[Any]], str], row: dict[str, Any], as_text: bool
 ) -> None:
@@ -83,9 +55,7 @@ def test_any_json_row_is_accepted_or_refused(
 
 
 @FUZZ
-@given(
-    row=st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected"]), st.lists(_messages), min_size=2)
-)
+@given(row=st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected"]), st.lists(messages), min_size=2))
 def test_any_list_of_messages_is_accepted_or_refused(
     rows_file: Callable[[list[Any]], str], row: dict[str, Any]
 ) -> None:
@@ -157,3 +127,23 @@ def test_deep_nesting_is_accepted_or_refused(folder: Path, nesting: int, inside:
     for name, content in (("deep.jsonl", line), ("deep.json", f"[{line}]")):
         (folder / name).write_text(content)
         load_or_refuse(str(folder / name))
+
+
+ANY_SOURCE = st.one_of(
+    *(files(ending, zipped) for ending in FORMATS for zipped in (False, True)), in_memory(), saved()
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> ChatTokenizer:
+    return ChatTokenizer(small_tokenizer(), max_tokens=256)
+
+
+@settings(FUZZ, max_examples=150)
+@given(case=ANY_SOURCE, load=st.integers(0, 2), text=st.booleans())
+def test_any_source_is_accepted_whole_or_refused(
+    folder: Path, tokenizer: ChatTokenizer, case: Case, load: int, text: bool
+) -> None:
+    """`tests/stress/fuzz_data.py` does thousands of these."""
+    verdict = check(case, load, text, folder / "any", tokenizer, seconds=30)
+    assert not verdict.problem, verdict.detail

@@ -13,7 +13,7 @@ from flips import SAMPLE, resumed_wrongly, two_checkpoints, unseen
 from full_disk import CHANGES, VARIANT, operations, run_faults
 from kills import kill_runs
 from nursery import Nursery
-from signals import CASES, MORE, Case, faults
+from signals import CASES, MORE, Case, export_faults, faults
 from tiny_runs import Workshop
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="children are forked")
@@ -58,6 +58,11 @@ def test_a_second_signal_ends_a_step_at_once(shop: Workshop):
     (forward,) = [case for case in CASES if case.name == "forward"]
     _, wrong = faults(shop, forward, signal.SIGINT, twice=True)
     assert wrong == []
+
+
+@pytest.mark.parametrize(("kind", "number"), [("adapter", signal.SIGTERM), ("merged", signal.SIGINT)])
+def test_an_export_that_is_stopped_leaves_nothing_and_says_so(shop: Workshop, kind: str, number: int):
+    assert export_faults(shop, kind, number) == []
 
 
 def test_a_disk_that_fails_is_said_in_a_line_and_harms_nothing_that_was_written(shop: Workshop):

@@ -9,9 +9,11 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from builders import small_tokenizer
 
 from lora_dpo.errors import RunError
 from lora_dpo.run_directory import MANIFEST, RunDirectory, damage, need_space, write_folder, write_text
+from lora_dpo.tokenization import ChatTokenizer
 from lora_dpo.training.keeping import Checkpoints
 from lora_dpo.training.progress import Display
 
@@ -185,9 +187,7 @@ def test_metrics_are_cut_back_to_a_step_and_damaged_lines_are_told(tmp_path: Pat
     assert next(r for r in run.records() if r["step"] == 2)["loss"] is None
 
 
-def test_a_record_that_does_not_fit_on_the_disk_leaves_whole_lines(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_record_that_does_not_fit_on_the_disk_leaves_whole_lines(tmp_path: Path):
     import resource
     import signal
 
@@ -223,3 +223,18 @@ def test_a_closed_terminal_does_not_reach_the_run(monkeypatch: pytest.MonkeyPatc
         display.say("nobody reads this")
         display.say("nor this")
         os.dup2(os.open(os.devnull, os.O_WRONLY), closed.fileno())  # what is buffered goes there at close
+
+
+def test_a_tokenizer_that_cannot_be_written_is_an_error_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The tokenizers library says it by an exception that is of no type of its own."""
+    chat = ChatTokenizer(small_tokenizer())
+
+    def full(folder: str) -> None:
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(chat._tokenizer, "save_pretrained", full)
+    with pytest.raises(RunError, match=r"cannot write .*adapter.*No space left"):
+        write_folder(tmp_path / "adapter", chat.save)
+    assert list(tmp_path.iterdir()) == []

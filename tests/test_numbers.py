@@ -20,7 +20,7 @@ from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
 from lora_dpo.losses import BCO, DPO, LogProbs, Loss, Objective, preference_metrics
 from lora_dpo.recipe import Recipe, override
-from lora_dpo.training import Record, step_gradient, train
+from lora_dpo.training import Record, optimizer_steps, step_gradient, train
 from lora_dpo.training.checkpoint import read_state
 from lora_dpo.training.finite import (
     check_finite_adapter,
@@ -126,8 +126,7 @@ def test_a_step_that_is_left_out_changes_nothing_and_is_counted(
 def test_a_run_whose_every_step_is_bad_stops_though_such_steps_are_left_out(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ):
-    module = import_module("lora_dpo.training.trainer")
-    monkeypatch.setattr(module, "SKIPS", 3)
+    monkeypatch.setattr(optimizer_steps, "SKIPS", 3)
 
     class Broken(START.Trainer):
         def run(self) -> None:
@@ -209,11 +208,11 @@ def test_an_update_that_breaks_the_adapter_is_not_saved(recipe: Recipe, monkeypa
     trainers: list[Any] = []
 
     class Breaks(START.Trainer):
-        def _update(self) -> float | None:
-            norm = super()._update()
+        def step(self) -> dict[str, float]:
+            metrics = super().step()
             next(iter(self.model.trainable.values())).data.fill_(math.nan)
             trainers.append(self)
-            return norm
+            return metrics
 
     monkeypatch.setattr(START, "Trainer", Breaks)
     with pytest.raises(RunError, match=r"not finite in .*not saved"):

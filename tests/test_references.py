@@ -694,7 +694,7 @@ def test_resuming_with_another_reference_is_refused(
     recipe = override(recipe, [f"{key}={folder}", "training.max_steps=2"])
     train(recipe, quiet=True)
     save_adapter_by_peft(folder, small_model, seed=1)
-    with pytest.raises(RunError, match=rf"--resume: the reference is not .*{folder} was changed since"):
+    with pytest.raises(RunError, match=rf"--resume: .*reference: it is not .*{folder} was changed since"):
         train(recipe, resume=True, quiet=True)
     save_adapter_by_peft(folder, small_model)
     train(recipe, resume=True, quiet=True)

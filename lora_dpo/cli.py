@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
@@ -196,7 +196,7 @@ def _taken(words: list[str], option: str) -> list[str]:
         name, equals, value = word.partition("=")
         if name != option:
             continue
-        if not equals and place + 1 == len(words):
+        if not equals and (place + 1 == len(words) or words[place + 1].startswith("--")):
             raise RecipeError(f"{option} takes what is meant to differ, such as data or loss.beta")
         value = value if equals else words.pop(place + 1)
         del words[place]
@@ -230,8 +230,8 @@ def _train(recipe: Recipe, resume: bool, accept: Sequence[str]) -> None:
 
     directory = _until_stopped(train, recipe, resume, accept)
     if os.environ.get("RANK", "0") == "0":
-        print(f"evaluate: lora-dpo eval {directory.path}")
-        print(f"export:   lora-dpo export {directory.path} --to merged")
+        _last_words(f"evaluate: lora-dpo eval {directory.path}", sys.stdout)
+        _last_words(f"export:   lora-dpo export {directory.path} --to merged", sys.stdout)
 
 
 def _until_stopped(job: Callable[..., Any], recipe: Recipe, resume: bool, accept: Sequence[str]) -> Any:
@@ -249,7 +249,7 @@ def _until_stopped(job: Callable[..., Any], recipe: Recipe, resume: bool, accept
 def friendly_errors() -> Iterator[None]:
     """A `UserError` becomes one line and exit status 2; Ctrl-C becomes 130, SIGTERM 143 and SIGHUP 129."""
     from lora_dpo.errors import UserError
-    from lora_dpo.stopping import Stops
+    from lora_dpo.stopping import Interrupted, Stops
 
     stops = Stops()
     try:
@@ -263,13 +263,14 @@ def friendly_errors() -> Iterator[None]:
         if isinstance(end, SystemExit) and stops.asked is None:
             raise
         _last_words("stopped; nothing half-written is left, the same command begins again")
-        raise SystemExit(128 + (stops.asked or 2)) from None
+        code = end.code if isinstance(end, Interrupted) else 128 + (stops.asked or 2)
+        raise SystemExit(code) from None
 
 
-def _last_words(text: str) -> None:
+def _last_words(text: str, stream: TextIO | None = None) -> None:
     """To the terminal, if there is still one."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=stream or sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

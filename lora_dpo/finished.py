@@ -86,6 +86,11 @@ def check_adapter(run: RunDirectory) -> None:
         raise RunError(
             f"{run.path} holds no trained adapter yet: its run has not ended (train --resume goes on)"
         )
+    check_whole(folder)
+
+
+def check_whole(folder: Path) -> None:
+    """Raise RunError where a folder that a run wrote is not as it was written; it may hold more."""
     wrong = damage(folder, more=True) if (folder / MANIFEST).is_file() else None
     if wrong is not None:
         raise RunError(
@@ -105,6 +110,7 @@ def reference_of(directory: RunDirectory, recipe: Recipe) -> str | None:
     folder = directory.reference_folder
     if not (folder / "adapter_model.safetensors").is_file():
         raise RunError(f"{folder} is missing: it held the adapter that was this run's reference")
+    check_whole(folder)
     return str(folder)
 
 

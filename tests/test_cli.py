@@ -94,6 +94,19 @@ def test_help_of_a_recipe_script_lists_every_key(script: Path):
     assert "--resume" in done.stdout
 
 
+def test_a_script_that_is_no_python_is_one_line_with_its_place(tmp_path: Path):
+    (tmp_path / "bad.py").write_text("recipe = 1\nsyntax(\n")
+    done = lora_dpo("train", tmp_path / "bad.py")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'bad.py'}, line 2: '(' was never closed\n"
+
+
+def test_accept_takes_no_other_option_for_its_value(script: Path):
+    done = call(script, "--accept", "--resume")
+    assert done.returncode == 2
+    assert "--accept takes what is meant to differ" in done.stderr
+
+
 @pytest.mark.parametrize(
     "words", [("eval", "nowhere"), ("export", "nowhere", "--to", "merged"), ("train", "no.yaml")]
 )

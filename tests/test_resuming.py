@@ -230,7 +230,7 @@ def test_a_run_that_does_not_fit_on_the_disk_is_refused_before_it_begins(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(2**33, 2**33 - 2**21, 2**20 + 2**17))
     with pytest.raises(RunError, match=r"the run \(4 checkpoints\) takes .* are free"):
-        train(recipe, quiet=True)
+        train(override(recipe, ["training.save_every=2"]), quiet=True)
     assert not run_of(recipe).recipe_file.exists()
 
 
@@ -252,3 +252,60 @@ def test_a_finished_adapter_that_was_damaged_is_refused_and_written_again(recipe
     train(recipe, resume=True, quiet=True)
     assert file.read_bytes() == content
     assert (export_adapter(run, tmp_path / "export") / file.name).read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("adapter.rank=1", r"is \[4, 64\] there, and \[1, 64\] here"),
+        ("training.optimizer=adamw_8bit", "put it back"),
+    ],
+)
+def test_what_cannot_go_on_is_refused_though_it_is_accepted(begun: Recipe, word: str, says: str):
+    with pytest.raises(RunError, match=says):
+        train(override(begun, [word]), resume=True, accept=["adapter", "training"], quiet=True)
+
+
+def test_a_step_that_is_refused_costs_none_of_those_before_it(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+):
+    import lora_dpo.training.optimizer_steps as module
+
+    genuine = module.what_is_wrong
+
+    def wrong(flags: Any, loss: float, branches: Any) -> str | None:
+        calls.append(loss)
+        return "row 7 is no number" if len(calls) == 4 else genuine(flags, loss, branches)
+
+    calls: list[float] = []
+    monkeypatch.setattr(module, "what_is_wrong", wrong)
+    with pytest.raises(RunError, match="step 4: row 7 is no number"):
+        train(recipe, quiet=True)
+    assert read_state(run_of(recipe).checkpoint_folder(3)).step == 3
+
+
+def test_a_second_signal_in_the_first_save_says_what_goes_on(recipe: Recipe, monkeypatch: pytest.MonkeyPatch):
+    def stop(record: Record) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def again(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped, match="--resume begins again"):
+        patch.setattr(trainer_module, "save_checkpoint", again)
+        train(recipe, observers=[stop], quiet=True)
+    train(recipe, resume=True, quiet=True)
+
+
+def test_a_tracker_that_fails_is_said_once_and_the_run_goes_on(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from accelerate import Accelerator
+
+    def away(*_: Any, **__: Any) -> None:
+        raise ConnectionError("the service is away")
+
+    monkeypatch.setattr(Accelerator, "log", away)
+    run = train(override(recipe, ["training.trackers=tensorboard", "training.max_steps=3"]))
+    assert capsys.readouterr().out.count("the service is away") == 1
+    assert len(list(run.records())) == 4

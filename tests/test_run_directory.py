@@ -111,6 +111,22 @@ def test_a_folder_that_cannot_be_filled_leaves_the_old_one_and_nothing_else(
     assert litter(tmp_path) == []
 
 
+def test_a_folder_whose_place_cannot_be_synced_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def unsynced(path: Path) -> None:
+        if path == tmp_path:
+            raise OSError(errno.EIO, "input/output error")
+
+    for before in (False, True):
+        with monkeypatch.context() as patch, pytest.raises(RunError, match="cannot write"):
+            patch.setattr("lora_dpo.run_directory.writing.sync", unsynced)
+            write_folder(tmp_path / "adapter", fill)
+        assert (tmp_path / "adapter").exists() == before
+        assert litter(tmp_path) == []
+        if not before:
+            whole(tmp_path / "adapter")
+    assert damage(tmp_path / "adapter") is None
+
+
 def test_a_process_that_died_between_two_renames_loses_neither(tmp_path: Path):
     run = RunDirectory.create(tmp_path / "run")
     whole(run.adapter_folder)
@@ -121,6 +137,28 @@ def test_a_process_that_died_between_two_renames_loses_neither(tmp_path: Path):
     run.sweep()
     assert damage(run.adapter_folder) is None
     assert litter(run.path) == []
+
+
+def test_other_peoples_files_in_a_run_directory_are_left_alone(tmp_path: Path):
+    names = [".vimrc.old", ".x.part", ".config.gone", "adapter.old", ".export-merged.part"]
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    run = RunDirectory.create(tmp_path)
+    (run.checkpoints_folder / ".notes.part").write_text("mine")
+    run.sweep()
+    assert all((tmp_path / name).read_text() == "mine" for name in names)
+    assert (run.checkpoints_folder / ".notes.part").exists()
+
+
+def test_only_folders_named_for_a_step_are_checkpoints_and_steps_are_numbers(tmp_path: Path):
+    run = RunDirectory.create(tmp_path / "run")
+    for name in ("step-000100-keep", "step-12", "steps", "step-00001x"):
+        (run.checkpoints_folder / name).mkdir()
+    kept = Checkpoints(run, keep=1)
+    for step in (999_999, 1_000_000):
+        kept.written(whole(run.checkpoint_folder(step)), None)
+    assert run.checkpoints() == [run.checkpoint_folder(1_000_000)]
+    assert (run.checkpoints_folder / "step-000100-keep").is_dir()
 
 
 def test_a_text_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -238,3 +276,20 @@ def test_a_tokenizer_that_cannot_be_written_is_an_error_in_words(
     with pytest.raises(RunError, match=r"cannot write .*adapter.*No space left"):
         write_folder(tmp_path / "adapter", chat.save)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_that_is_answered_while_a_line_is_written_does_not_reach_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    class Writing:
+        def write(self, text: str) -> int:
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter>")
+
+        def flush(self) -> None:
+            self.write("")
+
+        def isatty(self) -> bool:
+            return False
+
+    monkeypatch.setattr("sys.stdout", Writing())
+    Display().say("stopping after this step")

@@ -30,12 +30,14 @@ def rows_of_batch(batch: Any) -> Iterator[object]:
 
 
 def _row(row: dict[str, Any], as_json: dict[str, Any]) -> object:
+    # Before JSON texts are read: a null in those is a value.
+    present = without_absent(row)
     try:
-        for column, kind in as_json.items():
-            row[column] = _decoded(row[column], kind)
+        for column in as_json.keys() & present.keys():
+            present[column] = _decoded(present[column], as_json[column])
     except MalformedError as error:
         return RefusalError("malformed JSON", str(error))
-    return without_absent(row)
+    return present
 
 
 def _holds_json(kind: Any) -> bool:

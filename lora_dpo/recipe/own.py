@@ -47,12 +47,19 @@ def import_objective(name: str, key: str) -> type[Objective]:
 
 
 def run_script(file: Path) -> dict[str, Any]:
-    """The script's variables; it may import files beside it, as it could if python ran it."""
+    """The script's variables; it may import files beside it, as it could if python ran it.
+
+    Raises RecipeError where it is no Python; what it raises itself goes through.
+    """
     path = file.absolute()
     # It stays known as a module: annotations that are text are looked up there.
     module = types.ModuleType(f"recipe_{xxhash.xxh3_64_hexdigest(str(path).encode())}")
     module.__file__ = str(path)
-    code = compile(path.read_bytes(), str(path), "exec")
+    try:
+        code = compile(path.read_bytes(), str(path), "exec")
+    except (SyntaxError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise RecipeError(f"{file}{line}: {getattr(error, 'msg', error)}") from None
     sys.modules[module.__name__] = module
     sys.path.insert(0, str(path.parent))
     try:

@@ -16,6 +16,7 @@ import errno
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,25 @@ from filelock import FileLock, Timeout
 
 from lora_dpo.errors import RunError
 from lora_dpo.run_directory.writing import restore_or_sweep, sync, write_text
+
+OWN_NAMES = frozenset(
+    (
+        "recipe.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "evaluation.json",
+        "quickstart.json",
+        "adapter",
+        "reference",
+    )
+)
+"""What is written by one rename right below a run directory."""
+
+
+def step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder by its name; None for the name of anything else."""
+    match = re.fullmatch(r"step-(\d{6,})", name)
+    return int(match[1]) if match else None
 
 
 def cache_folder() -> Path:
@@ -83,8 +103,8 @@ class RunDirectory:
 
     def sweep(self) -> None:
         """Remove what a killed process left half-written; put back what it was about to replace."""
-        for folder in (self.path, self.checkpoints_folder):
-            restore_or_sweep(folder)
+        restore_or_sweep(self.path, OWN_NAMES.__contains__)
+        restore_or_sweep(self.checkpoints_folder, lambda name: step_of(name) is not None)
 
     @classmethod
     def open(cls, path: str | Path) -> RunDirectory:
@@ -127,7 +147,10 @@ class RunDirectory:
 
     def checkpoints(self) -> list[Path]:
         """The checkpoints that are there, oldest first."""
-        return sorted(p for p in self.checkpoints_folder.glob("step-*") if p.is_dir())
+        if not self.checkpoints_folder.is_dir():
+            return []
+        found = [p for p in self.checkpoints_folder.iterdir() if step_of(p.name) is not None and p.is_dir()]
+        return sorted(found, key=lambda folder: step_of(folder.name) or 0)
 
     def records(self, lost: Callable[[int], None] = lambda line: None) -> Iterator[dict[str, Any]]:
         """The metrics that were written so far. `lost` is told the number of each line that can't be read."""
@@ -148,7 +171,10 @@ class RunDirectory:
         not be read, but for a last one, which a kill may cut.
         """
         lost: list[int] = []
-        records = list(self.records(lost.append))
+        try:
+            records = list(self.records(lost.append))
+        except OSError as error:
+            raise RunError(f"cannot read {self.metrics_file}: {error.strerror}") from error
 
         def kept(record: Mapping[str, Any]) -> bool:
             return record["step"] < step or (

@@ -55,7 +55,6 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
                 sync(file)
             sync(part)
             _put_in_place(part, folder, old)
-            sync(folder.parent)
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
@@ -64,16 +63,19 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
 
 
 def _put_in_place(part: Path, folder: Path, old: Path) -> None:
-    if not folder.exists():
-        os.replace(part, folder)
-        return
-    shutil.rmtree(old, ignore_errors=True)
-    os.replace(folder, old)
+    before = folder.exists()
+    if before:
+        shutil.rmtree(old, ignore_errors=True)
+        # A process that dies between the two renames leaves the old one for `restore_or_sweep`.
+        os.replace(folder, old)
     try:
-        # A process that dies between these two leaves the old one for `restore_or_sweep`.
         os.replace(part, folder)
+        sync(folder.parent)
     except BaseException:
-        os.replace(old, folder)
+        if folder.exists():
+            os.replace(folder, part)
+        if before:
+            os.replace(old, folder)
         raise
     shutil.rmtree(old, ignore_errors=True)
 
@@ -89,16 +91,20 @@ def delete_folder(folder: Path) -> None:
         raise RunError(f"cannot delete {folder}: {error}") from error
 
 
-def restore_or_sweep(parent: Path) -> None:
+def restore_or_sweep(parent: Path, own: Callable[[str], bool]) -> None:
     """Remove what a dead process left half-written or half-deleted; a folder that it was about to replace
-    comes back. Raises RunError.
+    comes back. own: of the names that are written here; others are not touched. Raises RunError.
     """
     try:
-        for old in parent.glob(".*.old"):
-            place = old.with_name(old.name[1 : -len(".old")])
-            shutil.rmtree(old) if place.exists() else os.replace(old, place)
-        for left in [*parent.glob(".*.part"), *parent.glob(".*.gone")]:
-            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+        for left in list(parent.iterdir()):
+            name, ending = left.stem.removeprefix("."), left.suffix
+            if not (left.name.startswith(".") and own(name) and ending in (".old", ".part", ".gone")):
+                continue
+            place = parent / name
+            if ending == ".old" and not place.exists():
+                os.replace(left, place)
+            else:
+                shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
     except OSError as error:
         raise RunError(f"cannot clear {parent}: {error}") from error
 
@@ -114,8 +120,8 @@ def need_space(folder: Path, size: int, what: str) -> None:
         return  # not told: a write will say so
     if free < size + SPARE:
         raise RunError(
-            f"{what} takes {in_words(size)}, and {in_words(free)} are free in {place}: make room there, or"
-            " name a folder on another disk"
+            f"{what} takes {in_words(size + SPARE)}, and {in_words(free)} are free in {place}: make room"
+            " there, or name a folder on another disk"
         )
 
 

@@ -67,11 +67,13 @@ class TrainingState:
 class Origin:
     """What a run is made of, kept in each checkpoint so that a change can be named.
 
-    recipe: as YAML. examples: "train" and "held_out", a 64-bit hash of each example [N].
+    recipe: as YAML. examples: "train" and "held_out", a 64-bit hash of each example [N]. synced: whether the
+    reference becomes the policy now and then, and so belongs to a checkpoint.
     """
 
     recipe: str
     examples: dict[str, Tensor]
+    synced: bool = False
 
 
 def save_checkpoint(
@@ -82,7 +84,7 @@ def save_checkpoint(
 
     def fill(part: Path) -> None:
         save_for_resuming(model, part / "adapter")
-        if state.synced_at:
+        if origin.synced:
             save_for_resuming(model, part / "reference", REFERENCE)
         save_file(tensors, part / "optimizer.safetensors")
         save_file(origin.examples, part / EXAMPLES)
@@ -93,13 +95,13 @@ def save_checkpoint(
     write_folder(folder, fill, manifest=True)
 
 
-def checkpoint_size(model: Model, state: TrainingState, origin: Origin) -> int:
+def checkpoint_size(model: Model, origin: Origin) -> int:
     """About how many bytes a checkpoint takes: the adapter, two moments of each of its parameters, and with a
     reference that is synchronised, or an adapter that others are subtracted from, those.
     """
     network = model.network
     assert isinstance(network, PeftModel)
-    held = set(model.policy_adapters) | (set(model.reference_adapters) if state.synced_at else set())
+    held = set(model.policy_adapters) | (set(model.reference_adapters) if origin.synced else set())
     adapters = sum(t.nbytes for name in held for t in adapter_tensors(network, name).values())
     moments = 2 * sum(p.nbytes for p in model.trainable.values())
     return adapters + moments + sum(t.nbytes for t in origin.examples.values()) + 2**16
@@ -148,6 +150,12 @@ def _restore(file: Path, own: dict[str, Tensor]) -> None:
     if saved.keys() != own.keys():
         odd = sorted(saved.keys() ^ own.keys())[0]
         raise RunError(f"{file} is another adapter than the recipe's: {odd} is only in one of them")
+    for key, tensor in own.items():
+        if saved[key].shape != tensor.shape:
+            raise RunError(
+                f"{file} is another adapter than the recipe's: {key} is {list(saved[key].shape)} there, and"
+                f" {list(tensor.shape)} here"
+            )
     with torch.no_grad():
         for key, tensor in own.items():
             tensor.copy_(saved[key])

@@ -40,7 +40,8 @@ def what_is_wrong(flags: Sequence[float], loss: float, branches: Sequence[Branch
     for bit, cause in CAUSES.items():
         bad = [item for flag, item in zip(flags, branches, strict=True) if int(flag) & bit]
         if bad:
-            return f"{cause} for {places(bad)}"
+            whole = "all of the step, " if len(bad) == len(branches) > 1 else ""
+            return f"{cause} for {whole}{places(bad)}"
     return None if math.isfinite(loss) else f"the sum of finite losses is {loss}"
 
 
@@ -83,7 +84,7 @@ def advice(model: Model) -> str:
     """What to try when numbers are none."""
     wider = "" if model.compute_dtype == torch.float32 else ", or base.compute_dtype=float32"
     return (
-        f"Look at these rows, try a lower training.learning_rate{wider}, or leave such steps out with"
+        f"Try a lower training.learning_rate{wider}, look at these rows, or leave such steps out with"
         " training.on_bad_step=skip; --resume goes on from the last checkpoint"
     )
 

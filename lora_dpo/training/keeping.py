@@ -41,8 +41,8 @@ class Checkpoints:
         return None
 
     def newest_written(self) -> Path | None:
-        """The newest that is there, unread; None where there is none."""
-        found = self._run.checkpoints()
+        """The newest that is there, unread; None where there is none, or only damaged ones."""
+        found = [folder for folder in self._run.checkpoints() if folder not in self._damaged]
         return found[-1] if found else None
 
     def written(self, folder: Path, best: Path | None) -> None:
@@ -55,9 +55,10 @@ class Checkpoints:
             raise RunError(f"{folder} was written, and is not as it was written: {wrong}. Check that disk")
         self._whole.add(folder)
         self._damaged.discard(folder)
-        newest = sorted(self._whole)[-self._keep :]
-        for other in self._run.checkpoints():
-            too_old = len(newest) == self._keep and other < newest[0]
+        found = self._run.checkpoints()
+        newest = [other for other in found if other in self._whole][-self._keep :]
+        for place, other in enumerate(found):
+            too_old = len(newest) == self._keep and place < found.index(newest[0])
             if other != best and (too_old or other in self._damaged):
                 delete_folder(other)
                 self._whole.discard(other)

@@ -41,12 +41,23 @@ def metrics_file(run: RunDirectory) -> Observer:
     return observe
 
 
-def trackers(accelerator: Accelerator, project: str, config: dict[str, Any]) -> Observer:
-    """Sends each record to the experiment trackers that the accelerator was made with."""
+def trackers(
+    accelerator: Accelerator, project: str, config: dict[str, Any], say: Callable[[str], None]
+) -> Observer:
+    """Sends each record to the experiment trackers that the accelerator was made with.
+
+    One that fails is said once, and does not end the run: metrics.jsonl has everything.
+    """
+    failed: set[str] = set()
     accelerator.init_trackers(project, config={key: str(value) for key, value in flat(config).items()})
 
     def observe(record: Record) -> None:
-        accelerator.log(dict(record.metrics), step=record.step)
+        try:
+            accelerator.log(dict(record.metrics), step=record.step)
+        except Exception as error:  # a service that is away, a full disk: each tracker has its own
+            if type(error).__name__ not in failed:
+                say(f"note: a tracker failed, and the run goes on: {error}")
+            failed.add(type(error).__name__)
 
     return observe
 

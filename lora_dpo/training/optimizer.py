@@ -138,9 +138,12 @@ def restore_optimizer(
 ) -> None:
     """Put back what `optimizer_state` gave."""
     places = _places(optimizer)
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in [*tensors.items(), *numbers.items()]:
+        name, _, what = key.partition("::")
+        found.setdefault(name, {})[what] = value
     for name, parameter in parameters.items():
-        own = {key.partition("::")[2]: value for key, value in tensors.items() if key.startswith(name + "::")}
-        own |= {key.partition("::")[2]: n for key, n in numbers.items() if key.startswith(name + "::")}
+        own = found.get(name)
         if not own:
             continue
         if hasattr(optimizer, "init_state"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -41,6 +41,7 @@ class OptimizerSteps:
     """Holds the optimizer and the loss scale of a run.
 
     stop: the signal that some process was sent, known to all of them after each step; else None.
+    untouched: whether what a step raised left adapter and optimizer as they were, in every process.
     """
 
     def __init__(
@@ -59,16 +60,18 @@ class OptimizerSteps:
             model.device.type, enabled=model.compute_dtype == torch.float16
         )
         self.stop: int | None = None
+        self.untouched = False
 
     def step(
-        self, state: TrainingState, examples: Sequence[Branches], rate: float, asked: int | None
+        self, state: TrainingState, examples: Sequence[Branches], rate: float, asked: Callable[[], int | None]
     ) -> dict[str, float]:
         """Take a step over these examples, of all processes, and count it; returns its metrics.
 
-        rate: the learning rate. asked: the signal that this process was sent. Raises RunError where the loss
-        or gradient isn't a number, unless such steps are left out.
+        rate: the learning rate. asked: gives the signal that this process was sent. Raises RunError where
+        the loss or gradient isn't a number, unless such steps are left out.
         """
         process, processes = self.accelerator.process_index, self.accelerator.num_processes
+        self.untouched = self.alone
         sums = step_gradient(
             self.model,
             self.objective,
@@ -84,7 +87,8 @@ class OptimizerSteps:
             say=self.display.say,
         )
         state.tokens_per_microbatch = sums.tokens_per_microbatch
-        metrics, flags = self._means(sums, len(examples), asked)
+        metrics, flags = self._means(sums, len(examples), asked())
+        self.untouched = True  # all of them find the same wrong
         metrics["learning_rate"] = rate
         set_learning_rate(self.optimizer, rate)
         wrong = what_is_wrong(flags, metrics["loss"], examples)
@@ -169,6 +173,7 @@ class OptimizerSteps:
             norm = 0.0
         else:
             return None
+        self.untouched = False
         with whole_update():
             self.scaler.step(self.optimizer)
         self.scaler.update()

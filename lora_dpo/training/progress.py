@@ -18,6 +18,10 @@ LINE_SECONDS = 10.0
 """Away from a terminal, at most one line of progress in this many seconds."""
 
 
+_CLOSED = (OSError, ValueError, RuntimeError)
+"""What a stream may raise; the last where a signal's handler writes while it is being written to."""
+
+
 class _Outlived:
     """A stream that a run may outlive: the terminal was closed, or the program behind the pipe ended."""
 
@@ -25,12 +29,12 @@ class _Outlived:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(*_CLOSED):
             self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(*_CLOSED):
             self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:

@@ -74,6 +74,12 @@ def checkpoint_differences(
 
 def refuse(differences: Sequence[Difference], accept: Sequence[str]) -> list[Difference]:
     """The differences, all of them accepted. Raises RunError, naming those that aren't."""
+    for item in differences:
+        if item.what == "training.optimizer":
+            raise RunError(
+                f"--resume: {item}. One optimizer can't go on with what another one kept: put it back, or"
+                " begin a new run with adapter.start_from=RUN"
+            )
     left = [item for item in differences if not item.accepted(accept)]
     if left:
         names = ",".join(dict.fromkeys(item.what for item in left))

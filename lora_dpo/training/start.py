@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from lora_dpo.errors import RecipeError, RunError
 from lora_dpo.evaluation import metric_names
@@ -47,8 +48,9 @@ def train(
         try:
             return _prepared(recipe, display, stops, observers, resume, accept)
         except Interrupted as stop:
-            newest = sorted(RunDirectory(Path(recipe.run_directory).expanduser()).checkpoints())
-            raise Stopped(stop.number, newest[-1] if resume and newest else None, begun=resume) from None
+            run = RunDirectory(Path(recipe.run_directory).expanduser())
+            newest = Checkpoints(run, recipe.training.keep_checkpoints).newest_written()
+            raise Stopped(stop.number, newest, begun=run.recipe_file.exists()) from None
 
 
 def _prepared(
@@ -80,7 +82,11 @@ def _prepared(
             run.sweep()
             need_space(run.path, 0, "a run")
         checkpoints = Checkpoints(run, recipe.training.keep_checkpoints)
-        newest = checkpoints.newest(display.say) if resume else None
+        newest = None
+        if resume and accelerator.is_main_process:
+            newest = checkpoints.newest(display.say)
+        # All processes go on from the one that the main process found.
+        newest = broadcast_object_list([newest])[0]
         if resume:
             # What can be refused at once is, before the minutes that data and base may take.
             recorded = newest / RECIPE if newest is not None else run.recipe_file
@@ -131,6 +137,8 @@ def _train(
         # A process that is late must not take this run's own recipe.yaml for an earlier run's.
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
+            if not resume:
+                run.metrics_file.unlink(missing_ok=True)  # of a run whose recipe and checkpoints were deleted
             # From here on it is a run: what failed before this line can simply be started again.
             write_text(run.recipe_file, to_yaml(recipe))
         trainer.run()

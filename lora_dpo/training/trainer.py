@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from lora_dpo.batching import StepSampler
+from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
 from lora_dpo.model import REFERENCE, Model, save_adapter
 from lora_dpo.recipe import Recipe, to_dict, to_yaml
@@ -31,10 +33,7 @@ from lora_dpo.training.checkpoint import (
     save_checkpoint,
 )
 from lora_dpo.training.data import TrainingData
-from lora_dpo.training.finite import (
-    check_finite_adapter,
-    finite_only,
-)
+from lora_dpo.training.finite import check_finite_adapter, finite_only, not_finite_adapter
 from lora_dpo.training.keeping import Checkpoints
 from lora_dpo.training.observers import Observer, Record, metrics_file, trackers
 from lora_dpo.training.optimizer import learning_rate
@@ -92,14 +91,15 @@ class Trainer:
             versions=versions(model),
         )
         examples = {"train": example_hashes(data.train), "held_out": example_hashes(data.eval)}
-        self.origin = Origin(to_yaml(recipe), examples)
+        synced = bool(recipe.reference.sync_every and recipe.loss.needs_reference)
+        self.origin = Origin(to_yaml(recipe), examples, synced)
         self.stops = stops or Stops()
         self.checkpoints = checkpoints or Checkpoints(run, self.training.keep_checkpoints)
         self.speed = Speed(0, self.steps, model.device)
         self.watch = Watch()
         self.observers = [metrics_file(run), display.observe, *observers]
         if self.training.trackers:
-            self.observers.insert(1, trackers(accelerator, "lora_dpo", to_dict(recipe)))
+            self.observers.insert(1, trackers(accelerator, "lora_dpo", to_dict(recipe), display.say))
         self._saved: TrainingState | None = None
         # Whether adapter, optimizer and counters are those of the same step, and none is being written.
         self._settled = True
@@ -154,9 +154,14 @@ class Trainer:
     def check_space(self) -> None:
         """Raise RunError where the checkpoints that will be kept don't fit on the disk."""
         if self.accelerator.is_main_process:
-            size = checkpoint_size(self.model, self.state, self.origin)
+            size = checkpoint_size(self.model, self.origin)
+            every, left = self.training.save_every, self.steps - self.state.step
+            saves = max(1, math.ceil(left / every) if every else 1)
+            if self.training.best_metric:
+                saves += 1 + left // self.training.eval_every
             # Besides those that stay there is for a while the next one, and in the end adapter/.
-            count = self.training.keep_checkpoints + 2 + bool(self.training.best_metric)
+            stay = self.training.keep_checkpoints + bool(self.training.best_metric)
+            count = min(saves, stay + 1) + 1
             count -= min(len(self.run_directory.checkpoints()), count - 1)
             need_space(self.run_directory.path, count * size, f"the run ({count} checkpoints)")
 
@@ -165,7 +170,9 @@ class Trainer:
         self.speed = Speed(self.state.step, self.steps, self.model.device)
         with self.display.training(self.state.step, self.steps):
             try:
-                self._loop()
+                # Several processes stop where all of them know of it, after a step.
+                with nullcontext() if self.updates.alone else self.stops.held():
+                    self._loop()
             except Interrupted as stop:
                 # Of several processes only what all agreed on may be waited for.
                 if self._settled and (self.updates.alone or self.updates.stop is not None):
@@ -178,7 +185,7 @@ class Trainer:
         while self.state.step < self.steps and not self._stop_early():
             with self.stops.held():
                 self._settled = False
-                metrics = self.step()
+                metrics = self._step_or_save()
                 self._tell("step", metrics)
                 for line in self.watch.step(metrics):
                     self.display.say(line)
@@ -195,12 +202,22 @@ class Trainer:
         if self.updates.alone:
             self.stops.check()
 
+    def _step_or_save(self) -> dict[str, float]:
+        """A step. One that is refused before its update costs none of those before it."""
+        try:
+            return self.step()
+        except RunError:
+            if self.updates.untouched and self.state.step and not_finite_adapter(self.model) is None:
+                with contextlib.suppress(RunError):  # what is wrong with the step is what must be heard
+                    self._save()
+            raise
+
     def step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics. See `OptimizerSteps.step`."""
         began = time.monotonic()
         examples = [self.data.train[n] for n in self.sampler.step(self.state.step)]
         rate = learning_rate(self.training, self.state.step, self.steps)
-        metrics = self.updates.step(self.state, examples, rate, self.stops.asked)
+        metrics = self.updates.step(self.state, examples, rate, lambda: self.stops.asked)
         speed = self.speed.metrics(
             self.state.step, tokens=metrics["tokens"], examples=len(examples), began=began
         )
@@ -215,9 +232,8 @@ class Trainer:
         step, last = self.state.step, self.state.step == self.steps
         better = False
         if self._evaluation_due():
-            # A signal breaks it off: it is done again after --resume. Several processes would not agree.
-            with nullcontext() if self.updates.alone else self.stops.held():
-                result = self._evaluate()
+            # A signal breaks it off, where this is the only process: it is done again after --resume.
+            result = self._evaluate()
             with self.stops.held():
                 better = self._take(result)
         due = self.training.save_every and step % self.training.save_every == 0
@@ -281,9 +297,7 @@ class Trainer:
     def _write_checkpoint(self) -> None:
         run, best_step = self.run_directory, self.state.best_step
         folder = run.checkpoint_folder(self.state.step)
-        need_space(
-            run.path, checkpoint_size(self.model, self.state, self.origin), f"checkpoint {folder.name}"
-        )
+        need_space(run.path, checkpoint_size(self.model, self.origin), f"checkpoint {folder.name}")
         run.sync_records()
         save_checkpoint(folder, self.model, self.optimizer, self.state, self.origin)
         self.checkpoints.written(folder, run.checkpoint_folder(best_step) if best_step else None)
@@ -297,7 +311,11 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.model.reference_adapters:
                 # With it the run is complete: what it started from may be moved or deleted.
-                write_folder(run.reference_folder, lambda part: save_adapter(self.model, part, REFERENCE))
+                write_folder(
+                    run.reference_folder,
+                    lambda part: save_adapter(self.model, part, REFERENCE),
+                    manifest=True,
+                )
             write_folder(run.adapter_folder, self._fill_adapter, manifest=True)
         self.accelerator.wait_for_everyone()
         if self.training.trackers:

@@ -36,6 +36,8 @@ def import_objective(name: str, key: str) -> type[Objective]:
             found: Any = run_script(Path(place)).get(attribute)
         else:
             found = getattr(importlib.import_module(place), attribute, None)
+    except RecipeError as error:
+        raise RecipeError(f"{key} got {name!r}: {error}") from error
     except Exception as error:  # whatever the user's own code raises
         raise RecipeError(f"{key} got {name!r}: {type(error).__name__}: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Objective)):

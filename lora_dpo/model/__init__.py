@@ -2,7 +2,7 @@
 
 from lora_dpo.model.adapters import add_adapter, save_adapter, save_for_resuming
 from lora_dpo.model.base import load_base, load_config, load_tokenizer, pick_compute_dtype, pick_device
-from lora_dpo.model.dora import dora_matrix
+from lora_dpo.model.dora import SMALLEST_NORM, dora_matrix
 from lora_dpo.model.loading import POLICY, REFERENCE, load_adapter, load_model, sync_reference
 from lora_dpo.model.low_rank import INITIAL
 from lora_dpo.model.roles import Model, as_base, as_policy, as_reference, generating, without_dropout
@@ -13,6 +13,7 @@ __all__ = [
     "INITIAL",
     "POLICY",
     "REFERENCE",
+    "SMALLEST_NORM",
     "Model",
     "adapter_tensors",
     "add_adapter",

@@ -126,7 +126,7 @@ def check_tensors(config: LoraConfig, tensors: Mapping[str, Tensor], what: str) 
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ModelError(f"{what} cannot be used: {name} holds {tensor.dtype}, no real numbers")
-        if not tensor.float().isfinite().all():
+        if not tensor.is_meta and not tensor.float().isfinite().all():
             raise ModelError(f"{what} cannot be used: {name} holds values that are not finite")
     largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     rank = max(config.r, *(config.rank_pattern or {}).values(), 0)

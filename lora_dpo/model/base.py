@@ -133,6 +133,11 @@ def _read_config(base: Base) -> Any:
     return config
 
 
+def stored_quantization(base: Base) -> dict[str, Any] | None:
+    """What a base's checkpoint says of its own quantization; None for one that isn't quantized."""
+    return _stored_quantization(_read_config(base))
+
+
 def _stored_quantization(config: Any) -> dict[str, Any] | None:
     """What a checkpoint says of its own quantization."""
     found = getattr(config, "quantization_config", None)

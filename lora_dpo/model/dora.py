@@ -24,7 +24,7 @@ from torch.nn.functional import linear
 from lora_dpo.model.low_rank import PLAIN
 from lora_dpo.model.weights import base_matrix
 
-SMALLEST = 1e-12
+SMALLEST_NORM = 1e-12
 """A norm is at least this: a row of zeros has the direction of nothing."""
 
 
@@ -37,7 +37,7 @@ def decompose(layers: list[Any]) -> None:
 def start_magnitudes(layers: list[Any]) -> None:
     """The magnitudes of fresh adapters become the norms that the forward pass will take."""
     for layer, name in _with_magnitudes(layers):
-        layer.lora_magnitude_vector[name].weight.data = layer.forward.squares.sqrt().clamp_min(SMALLEST)
+        layer.lora_magnitude_vector[name].weight.data = layer.forward.squares.sqrt().clamp_min(SMALLEST_NORM)
 
 
 def _with_magnitudes(layers: list[Any]) -> list[tuple[Any, str]]:
@@ -85,12 +85,12 @@ class _Forward:
             mixed = base_matrix(self.layer).to(a.dtype) @ a.t()
             squares = self.squares.to(a.dtype) + 2 * scaling * (b * mixed).sum(dim=1)
             squares = squares + scaling**2 * ((b @ (a @ a.t())) * b).sum(dim=1)
-        return squares.clamp_min(0).sqrt().clamp_min(SMALLEST)
+        return squares.clamp_min(0).sqrt().clamp_min(SMALLEST_NORM)
 
 
 def dora_matrix(layer: Any, name: str) -> Tensor:
     """m ⊙ (W + s · B A) / ‖W + s · B A‖ [O, I] in float32: what the layer multiplies with."""
     a, b = layer.lora_A[name].weight.detach().float(), layer.lora_B[name].weight.detach().float()
     matrix = base_matrix(layer).float() + layer.scaling[name] * (b @ a)
-    norms = matrix.norm(dim=1, keepdim=True).clamp_min(SMALLEST)
+    norms = matrix.norm(dim=1, keepdim=True).clamp_min(SMALLEST_NORM)
     return layer.lora_magnitude_vector[name].weight.detach().float()[:, None] * (matrix / norms)

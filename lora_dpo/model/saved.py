@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -90,8 +91,11 @@ def find_adapter(path: str, key: str) -> Path:
     return inside[0]
 
 
-def read_adapter(path: str, key: str) -> SavedAdapter:
-    """An adapter from its folder. Raises ModelError for what can't be used, with the reason."""
+def read_adapter(path: str, key: str, *, shapes_only: bool = False) -> SavedAdapter:
+    """An adapter from its folder. Raises ModelError for what can't be used, with the reason.
+
+    shapes_only: its tensors come without values, on the meta device.
+    """
     folder = find_adapter(path, key)
     what = f"{key}: the adapter in {folder}"
     values = read_json(folder / CONFIG, key)
@@ -100,11 +104,22 @@ def read_adapter(path: str, key: str) -> SavedAdapter:
         raise ModelError(f"{key}: there is no {TENSORS} in {folder} (pickled .bin files are not opened)")
     config = lora_config(values, what)
     try:
-        tensors = load_file(folder / TENSORS)
+        tensors = _shapes(folder / TENSORS) if shapes_only else load_file(folder / TENSORS)
     except Exception as error:  # what safetensors and torch raise over odd headers is of many kinds
         raise ModelError(f"{key}: {folder / TENSORS} cannot be read: {error}") from error
     check_tensors(config, tensors, what)
     return SavedAdapter(config, tensors, key, str(folder))
+
+
+def _shapes(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file on the meta device, in float32."""
+    with safe_open(file, "pt") as content:
+        names: list[str] = content.keys()  # pyright: ignore[reportAttributeAccessIssue]
+        slices = {name: content.get_slice(name) for name in names}
+        for name, found in slices.items():
+            if not found.get_dtype().startswith(("F", "BF")):
+                raise ValueError(f"{name} holds {found.get_dtype()}, no real numbers")
+        return {name: torch.empty(found.get_shape(), device="meta") for name, found in slices.items()}
 
 
 def _refuse_unusual(values: dict[str, Any], what: str) -> None:

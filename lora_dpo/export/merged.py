@@ -28,7 +28,7 @@ from lora_dpo.model.skeleton import Skeleton, skeleton_of
 from lora_dpo.model.stored import weight_files
 from lora_dpo.model.trust import INDEX
 from lora_dpo.recipe import Base
-from lora_dpo.run_directory import need_space, write_text
+from lora_dpo.run_directory import LOCK, need_space, write_text
 
 SHARD_SIZE = 4 * 10**9
 """Bytes of a file of weights, unless something else is asked for."""
@@ -96,6 +96,8 @@ class _Done:
             self.names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
         if self._plan() != identity:
             for file in folder.iterdir():
+                if file.name == LOCK:
+                    continue
                 shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
             write_text(folder / PLAN, identity)
 

@@ -7,14 +7,24 @@ manifest.py   whether a folder is what was written
 
 from lora_dpo.run_directory.directory import RunDirectory, cache_folder
 from lora_dpo.run_directory.manifest import MANIFEST, damage
-from lora_dpo.run_directory.writing import delete_folder, in_words, need_space, write_folder, write_text
+from lora_dpo.run_directory.writing import (
+    LOCK,
+    delete_folder,
+    grow_folder,
+    in_words,
+    need_space,
+    write_folder,
+    write_text,
+)
 
 __all__ = [
+    "LOCK",
     "MANIFEST",
     "RunDirectory",
     "cache_folder",
     "damage",
     "delete_folder",
+    "grow_folder",
     "in_words",
     "need_space",
     "write_folder",

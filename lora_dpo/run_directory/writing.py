@@ -6,13 +6,17 @@ import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from lora_dpo.errors import RunError
 from lora_dpo.run_directory.manifest import MANIFEST, manifest_of
+
+LOCK = ".lock"
+"""In a folder that is growing: the system holds the lock, not the file."""
 
 SPARE = 2**20
 """Bytes left free beside what is to be written: metrics, and what file systems keep for themselves."""
@@ -60,6 +64,45 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
             raise
     except (OSError, SafetensorError) as error:
         raise RunError(f"cannot write {folder}: {error}") from error
+
+
+def grow_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """`write_folder` for what takes long: whoever is stopped leaves what he had in the hidden folder beside
+    its place, where `fill` finds it the next time.
+
+    A disk that is full, or refuses, leaves nothing. Raises RunError for that, and where another process is
+    filling it.
+    """
+    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    try:
+        try:
+            part.mkdir(parents=True, exist_ok=True)
+            with _locked(part / LOCK):
+                fill(part)
+            (part / LOCK).unlink(missing_ok=True)
+            for file in part.rglob("*"):
+                sync(file)
+            sync(part)
+            _put_in_place(part, folder, old)
+        except (OSError, SafetensorError, RunError) as error:
+            if not isinstance(error, RunError) or isinstance(error.__cause__, OSError):
+                shutil.rmtree(part, ignore_errors=True)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"cannot write {folder}: {error}") from error
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(f"another process is writing {file.parent}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _put_in_place(part: Path, folder: Path, old: Path) -> None:

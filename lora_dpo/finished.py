@@ -11,7 +11,15 @@ from typing import Any
 
 from lora_dpo.errors import DataError, RunError
 from lora_dpo.evaluation import Evaluation, evaluate
-from lora_dpo.model import Model, load_adapter, load_model, load_tokenizer
+from lora_dpo.model import (
+    Model,
+    check_early,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    read_record,
+    record_notes,
+)
 from lora_dpo.preferences import AnyRecord, Preference, Rating
 from lora_dpo.recipe import Recipe, load_recipe, override
 from lora_dpo.run_directory import MANIFEST, RunDirectory, damage, write_text
@@ -75,7 +83,11 @@ def open_finished(
             raise DataError(f"{error} (--data FILE evaluates on other rows)") from error
         held_out = HeldOut([], [], chat_tokenizer(tokenizer, recipe.data))
     adapters = str(directory.adapter_folder), reference_of(directory, recipe)
+    check_early(recipe.base, adapters[0], "the adapter")
     model = load_adapter(load_model(recipe.base), adapters[0], reference=adapters[1])
+    record, template = read_record(directory.adapter_folder), held_out.tokenizer.chat_template
+    for line in record_notes(record, recipe.base, template, f"the adapter in {adapters[0]}"):
+        display.say(line)
     return FinishedRun(directory, recipe, model, held_out)
 
 

@@ -3,25 +3,51 @@
 from lora_dpo.model.adapters import add_adapter, save_adapter, save_for_resuming
 from lora_dpo.model.base import load_base, load_config, load_tokenizer, pick_compute_dtype, pick_device
 from lora_dpo.model.dora import SMALLEST_NORM, dora_matrix
-from lora_dpo.model.loading import POLICY, REFERENCE, load_adapter, load_model, sync_reference
+from lora_dpo.model.loading import (
+    POLICY,
+    REFERENCE,
+    check_early,
+    load_adapter,
+    load_model,
+    sync_reference,
+)
 from lora_dpo.model.low_rank import INITIAL
 from lora_dpo.model.roles import Model, as_base, as_policy, as_reference, generating, without_dropout
-from lora_dpo.model.saved import adapter_tensors, write_adapter
+from lora_dpo.model.saved import adapter_tensors, find_adapter, read_adapter, write_adapter
+from lora_dpo.model.stored import Stored, read_header, weight_files
+from lora_dpo.model.trained_on import (
+    RECORD,
+    TrainedOn,
+    check_base,
+    content_hash,
+    read_record,
+    record_notes,
+    record_of,
+    template_hash,
+    write_record,
+)
 from lora_dpo.model.weights import dequantized
 
 __all__ = [
     "INITIAL",
     "POLICY",
+    "RECORD",
     "REFERENCE",
     "SMALLEST_NORM",
     "Model",
+    "Stored",
+    "TrainedOn",
     "adapter_tensors",
     "add_adapter",
     "as_base",
     "as_policy",
     "as_reference",
+    "check_base",
+    "check_early",
+    "content_hash",
     "dequantized",
     "dora_matrix",
+    "find_adapter",
     "generating",
     "load_adapter",
     "load_base",
@@ -30,9 +56,17 @@ __all__ = [
     "load_tokenizer",
     "pick_compute_dtype",
     "pick_device",
+    "read_adapter",
+    "read_header",
+    "read_record",
+    "record_notes",
+    "record_of",
     "save_adapter",
     "save_for_resuming",
     "sync_reference",
+    "template_hash",
+    "weight_files",
     "without_dropout",
     "write_adapter",
+    "write_record",
 ]

@@ -132,6 +132,8 @@ def save_for_resuming(model: Model, folder: Path, name: str = TRAINED) -> None:
 
 def _save(model: Model, folder: Path, name: str) -> PeftModel:
     assert isinstance(model.network, PeftModel)
+    if model.base is not None:
+        model.network.peft_config[name].revision = model.base.revision
     if name == TRAINED:
         # Without the flag peft asks the hub whether the base's vocabulary was resized.
         model.network.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)

@@ -15,10 +15,13 @@ from lora_dpo.model.saved import (
     SavedAdapter,
     adapter_tensors,
     check_left_out,
+    find_adapter,
     in_memory,
     put_on,
     read_adapter,
 )
+from lora_dpo.model.stored import weight_files
+from lora_dpo.model.trained_on import check_base, read_record
 from lora_dpo.recipe import Adapter, Base, Reference
 
 POLICY, REFERENCE = "default", "reference"
@@ -33,12 +36,17 @@ def load_model(
     """The base, with an adapter to train where one is given, and with its reference.
 
     A fresh adapter's initial values are a function of the seed. reference: None loads none, for an objective
-    that needs none. Raises ModelError or RecipeError where something can't be had.
+    that needs none. Raises ModelError or RecipeError where something can't be had, or an adapter was trained
+    on another base.
     """
     tokenizer = load_tokenizer(base)
     verdict = verdict_on(base)
+    if adapter is not None:
+        check_early(base, adapter.start_from, "adapter.start_from")
+        check_early(base, reference.adapter if reference else None, "reference.adapter")
     network = load_base(base, verdict.way)
-    model = Model(network, tokenizer, network.dtype, verdict, unquantized=unquantized_bytes(network))
+    unquantized = unquantized_bytes(network)
+    model = Model(network, tokenizer, network.dtype, verdict, unquantized=unquantized, base=base)
     if adapter is None:
         return model
     started = adapter.start_from is not None
@@ -47,11 +55,30 @@ def load_model(
 
 
 def load_adapter(model: Model, folder: str, *, reference: str | None = None) -> Model:
-    """A base with a finished adapter from a folder, frozen; and with another one as its reference."""
+    """A base with a finished adapter from a folder, frozen; and with another one as its reference.
+
+    Raises ModelError where one of them can't be used, or was trained on another base.
+    """
     model = _put(model, read_adapter(folder, "the adapter"), POLICY)
     if reference is None:
         return model
     return _put(model, read_adapter(reference, "the reference"), REFERENCE, reference_adapters=(REFERENCE,))
+
+
+def check_early(base: Base, folder: str | None, key: str) -> None:
+    """Raise ModelError for an adapter of another base before the minutes that loading this one takes.
+
+    Where the base's files are here by now; whether or not, `load_adapter` and `load_model` look again.
+    """
+    if folder is None:
+        return
+    place = find_adapter(folder, key)
+    record = read_record(place)
+    try:
+        weight_files(base)
+    except ModelError:
+        return
+    check_base(record, base, f"{key}: the adapter in {place}")
 
 
 def _start_from(model: Model, adapter: Adapter) -> Model:
@@ -88,6 +115,7 @@ def _put(
     **changes: Any,
 ) -> Model:
     """The model with an adapter more. changes: fields of the new model."""
+    check_base(saved.record, model.base, f"{saved.key}: the adapter in {saved.folder}")
     network = put_on(
         model.network,
         saved,

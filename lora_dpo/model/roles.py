@@ -25,6 +25,7 @@ from lora_dpo.model.offload import OffloadedActivations
 from lora_dpo.model.saved import ask_for_own_tokens, widen_copies
 from lora_dpo.model.switching import OFF, Switch, switches_of
 from lora_dpo.probe import ASSUMED, Verdict
+from lora_dpo.recipe import Base
 from lora_dpo.ways import use_attention
 
 
@@ -37,7 +38,8 @@ class Model:
     backward pass waits in host memory.
     policy_adapters, reference_adapters: peft's names of the adapters that are on in that role; where there
     are none, all are off and the base speaks. starts_as_reference: whether an untrained policy is its
-    reference, to the bit. unquantized: bytes of the base that are not quantized, by what they are.
+    reference, to the bit. unquantized: bytes of the base that are not quantized, by what they are. base: what
+    it was loaded from; None for a model that was made otherwise.
     """
 
     network: PreTrainedModel | PeftModel
@@ -49,6 +51,7 @@ class Model:
     reference_adapters: tuple[str, ...] = ()
     starts_as_reference: bool = True
     unquantized: Mapping[str, int] = field(default_factory=dict)
+    base: Base | None = None
 
     @property
     def way(self) -> Way:

@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.errors import ModelError, RecipeError
 from lora_dpo.model.adapter_config import check_tensors, lora_config
+from lora_dpo.model.trained_on import TrainedOn, read_record
 from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Adapter
 
@@ -58,12 +59,16 @@ STAY_THE_RECIPES = {"start_from", "dropout"}
 
 @dataclass(frozen=True, eq=False)
 class SavedAdapter:
-    """An adapter's config as peft reads it, its tensors by their names on disk. key, folder: where from."""
+    """An adapter's config as peft reads it, its tensors by their names on disk. key, folder: where from.
+
+    record: what it was trained on, where its folder says so.
+    """
 
     config: LoraConfig
     tensors: dict[str, Tensor]
     key: str
     folder: str
+    record: TrainedOn | None = None
 
 
 def find_adapter(path: str, key: str) -> Path:
@@ -108,7 +113,7 @@ def read_adapter(path: str, key: str, *, shapes_only: bool = False) -> SavedAdap
     except Exception as error:  # what safetensors and torch raise over odd headers is of many kinds
         raise ModelError(f"{key}: {folder / TENSORS} cannot be read: {error}") from error
     check_tensors(config, tensors, what)
-    return SavedAdapter(config, tensors, key, str(folder))
+    return SavedAdapter(config, tensors, key, str(folder), read_record(folder))
 
 
 def _shapes(file: Path) -> dict[str, Tensor]:

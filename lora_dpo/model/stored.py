@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +132,10 @@ def weight_files(base: Base) -> list[Path]:
 
 def _shards(base: Base, index: Path) -> list[Path]:
     names = read_json(index, "base.model").get("weight_map")
-    if not isinstance(names, dict) or not all(
-        isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name) for name in names.values()
+    if (
+        not isinstance(names, dict)
+        or not names
+        or not all(isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name) for name in names.values())
     ):
         raise ModelError(f"base.model: {index} names no .safetensors files beside it")
     found = {name: _file(base, name) for name in sorted(set(names.values()))}
@@ -152,6 +155,15 @@ def _file(base: Base, name: str) -> Path | None:
     except (OSError, ValueError, RuntimeError) as error:  # no path, and no id either
         raise ModelError(f"base.model got {base.model!r:.80}: {error}") from error
     return Path(found) if isinstance(found, str) else None
+
+
+def commit_of(base: Base) -> str | None:
+    """The hub's commit of a base in its local cache, 40 hexadecimal digits; None for a folder's."""
+    if Path(base.model).expanduser().is_dir():
+        return None
+    # In the cache a commit's files lie in a folder of its name.
+    commit = weight_files(base)[0].parent.name
+    return commit if re.fullmatch("[0-9a-f]{40}", commit) else None
 
 
 def hash_of(files: list[Path]) -> str:

@@ -12,7 +12,16 @@ from accelerate.utils import broadcast_object_list
 
 from lora_dpo.errors import RecipeError, RunError
 from lora_dpo.evaluation import metric_names
-from lora_dpo.model import Model, load_config, load_model, load_tokenizer
+from lora_dpo.model import (
+    Model,
+    find_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    read_record,
+    record_notes,
+    record_of,
+)
 from lora_dpo.recipe import Recipe, field_names, pinned, to_yaml
 from lora_dpo.reference import ReferenceCache, base_fingerprint
 from lora_dpo.run_directory import RunDirectory, need_space, write_text
@@ -115,6 +124,10 @@ def _train(
         raise RecipeError("training.eval_every needs held-out rows: data.eval, eval_fraction or eval_last")
     check_positions(recipe, data)
     model = _load(recipe, data, accelerator, display)
+    # Now, as the base's files may be others by the time that the adapter is written.
+    template, dtype = data.tokenizer.chat_template, model.compute_dtype
+    main = accelerator.is_main_process
+    record = record_of(recipe.base, model.causal, dtype, template, say=display.say) if main else None
     base = base_fingerprint(model)
     with reference_cache(recipe, model, display, base=base) as cache:
         trainer = Trainer(
@@ -129,6 +142,7 @@ def _train(
             stops=stops,
             checkpoints=checkpoints,
             base=base,
+            record=record,
         )
         if resume:
             trainer.resume(newest, accept)
@@ -157,7 +171,8 @@ def _load(recipe: Recipe, data: TrainingData, accelerator: Accelerator, display:
     display.say(
         f"base: {recipe.base.model}, {describe_model(model, recipe)}, {time.monotonic() - started:.1f}s"
     )
-    for line in describe_kept(model), describe_reference(recipe):
+    told = [describe_kept(model), describe_reference(recipe)]
+    for line in [*told, *describe_differences(recipe, data.tokenizer.chat_template)]:
         if line:
             display.say(line)
     return model
@@ -258,6 +273,22 @@ def describe_reference(recipe: Recipe) -> str:
     elif kind == "base":
         return ""
     return f"{begun}; reference: {who}" if begun else f"reference: {who}"
+
+
+def describe_differences(recipe: Recipe, template: str | None) -> list[str]:
+    """What is otherwise here than when the adapters that the recipe names were trained.
+
+    template: the chat template's text.
+    """
+    named = {"adapter.start_from": recipe.adapter.start_from}
+    if recipe.loss.needs_reference:
+        named["reference.adapter"] = recipe.reference.adapter
+    lines = []
+    for key, folder in named.items():
+        if folder is not None:
+            place = find_adapter(folder, key)
+            lines += record_notes(read_record(place), recipe.base, template, f"the adapter in {place}")
+    return lines
 
 
 def describe_model(model: Model, recipe: Recipe) -> str:

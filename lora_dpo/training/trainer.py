@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from lora_dpo.batching import StepSampler
 from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
-from lora_dpo.model import REFERENCE, Model, save_adapter
+from lora_dpo.model import REFERENCE, Model, TrainedOn, save_adapter, write_record
 from lora_dpo.recipe import Recipe, to_dict, to_yaml
 from lora_dpo.reference import ReferenceCache, base_fingerprint, reference_fingerprint
 from lora_dpo.run_directory import RunDirectory, damage, need_space, write_folder
@@ -62,11 +62,12 @@ class Trainer:
         stops: Stops | None = None,
         checkpoints: Checkpoints | None = None,
         base: str | None = None,
+        record: TrainedOn | None = None,
     ):
-        """base: the base's fingerprint, where it is known."""
+        """base: the base's fingerprint, where it is known. record: what is written beside the adapter."""
         self.recipe, self.training, self.objective = recipe, recipe.training, recipe.loss
         self.run_directory, self.model, self.data = run, model, data
-        self.accelerator, self.display, self.cache = accelerator, display, cache
+        self.accelerator, self.display, self.cache, self.record = accelerator, display, cache, record
         self.updates = OptimizerSteps(recipe, model, accelerator, display, cache)
         self.optimizer, self.scaler = self.updates.optimizer, self.updates.scaler
         if self.training.gradient_checkpointing != "none":
@@ -311,11 +312,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.model.reference_adapters:
                 # With it the run is complete: what it started from may be moved or deleted.
-                write_folder(
-                    run.reference_folder,
-                    lambda part: save_adapter(self.model, part, REFERENCE),
-                    manifest=True,
-                )
+                write_folder(run.reference_folder, self._fill_reference, manifest=True)
             write_folder(run.adapter_folder, self._fill_adapter, manifest=True)
         self.accelerator.wait_for_everyone()
         if self.training.trackers:
@@ -342,3 +339,10 @@ class Trainer:
     def _fill_adapter(self, part: Path) -> None:
         save_adapter(self.model, part)
         self.data.tokenizer.save(part)
+        if self.record is not None:
+            write_record(self.record, part)
+
+    def _fill_reference(self, part: Path) -> None:
+        save_adapter(self.model, part, REFERENCE)
+        if self.record is not None:
+            write_record(self.record, part)  # it spoke on this base too

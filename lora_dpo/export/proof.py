@@ -33,7 +33,7 @@ from lora_dpo.training import Display, prepare_held_out
 EXAMPLES = 64
 """Held-out examples that are compared."""
 
-INT8 = "int8 layers round their inputs too, and a merged model's don't: the comparison includes that"
+INT8 = "on a card int8 layers round their inputs too, a merged model's don't: the comparison includes that"
 ROUNDS = (
     "there was no room for float32 arithmetic: in {} a forward pass rounds about as much as small updates"
     " move, so that only coarse errors show"
@@ -109,7 +109,7 @@ def prove(
     ModelError where the export can't be loaded.
     """
     display = display or Display(quiet=True)
-    report = Report(kind, dtype, base, source.base.quantization, weights, accept=accept)
+    report = Report(kind, dtype, base, weights, accept=accept)
     rows = _rows(source, kind, data, examples, display)
     made = plan_of(source, folder, kind, dtype, rows) if isinstance(rows, Rows) else rows
     if isinstance(rows, str) or not isinstance(made, Plan):
@@ -197,15 +197,23 @@ def _compared(
         with _freed():
             exported = _exported(hearing, report.kind, quantized, folder)
         found = compare(trained, base, exported, rows.examples, rows.records)
-        report = replace(report, pairs=Pairs(rows.source, made.arithmetic, found))
+        full = made.arithmetic == "float32"
+        exact = full and not _rounds_inputs(quantized)
+        report = replace(report, pairs=Pairs(rows.source, made.arithmetic, found, exact))
         if report.base == "original":
             plain = replace(quantized, quantization="none", compute_dtype=made.arithmetic)  # pyright: ignore
             with _freed():
                 wanted, original = _both(hearing, plain, source.adapter)
             stored = compare(wanted, original, exported, rows.examples, rows.records)
             sides = _side_by_side(rows, trained, base, exported, original)
-            report = replace(report, stored=Pairs(rows.source, made.arithmetic, stored), bases=sides)
-    return replace(report, notes=(*report.notes, *_notes(report, made)))
+            kept = Pairs(rows.source, made.arithmetic, stored, full)
+            report = replace(report, stored=kept, bases=sides)
+    return replace(report, notes=(*report.notes, *_notes(report, quantized, made)))
+
+
+def _rounds_inputs(base: Base) -> bool:
+    """int8 on a card; on a CPU bitsandbytes multiplies with the dequantized weights."""
+    return base.quantization == "int8" and base.device != "cpu"
 
 
 @contextmanager
@@ -238,13 +246,11 @@ def _exported(hearing: Hearing, kind: Kind, base: Base, folder: Path) -> Said:
     return hearing.of(load_model(plain))
 
 
-def _notes(report: Report, made: Plan) -> list[str]:
-    notes = []
-    if made.arithmetic != "float32" and report.kind == "merged":
-        notes.append(ROUNDS.format(made.arithmetic))
-    if report.quantization == "int8" and report.kind == "merged" and report.base == "dequantized":
-        notes.append(INT8)
-    return notes
+def _notes(report: Report, base: Base, made: Plan) -> list[str]:
+    if report.kind != "merged":
+        return []
+    rough = [ROUNDS.format(made.arithmetic)] if made.arithmetic != "float32" else []
+    return rough + ([INT8] if _rounds_inputs(base) else [])
 
 
 def _side_by_side(

@@ -22,12 +22,13 @@ Kind = Literal["merged", "adapter", "gguf", "gguf-adapter", "ollama"]
 @dataclass(frozen=True)
 class Pairs:
     """A comparison on held-out rows. source: where these are from. arithmetic: the dtype of both forward
-    passes.
+    passes. exact: nothing but storing can make a difference, to float32's rounding.
     """
 
     source: str
     arithmetic: str
     found: Comparison
+    exact: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class OnBase:
 class Report:
     """An export's proof.
 
-    base: whose weights a merge added the update to. quantization: the base's, as it was trained on. weights:
-    what the merge measured, {"kept", "error", "layers"}. pairs: base + adapter beside the exported. stored:
+    base: whose weights a merge added the update to. weights: what the merge measured, {"kept", "error",
+    "layers"}. pairs: base + adapter beside the exported. stored:
     with base="original", the original base + adapter beside the exported, which shows what storing lost.
     not_compared: why there are no pairs. notes: what else a reader should know. accept: the user takes what
     misses the bars.
@@ -61,7 +62,6 @@ class Report:
     kind: Kind
     dtype: str
     base: Literal["dequantized", "original"] = "dequantized"
-    quantization: str = "nf4"
     weights: Mapping[str, Any] | None = None
     pairs: Pairs | None = None
     stored: Pairs | None = None
@@ -77,11 +77,8 @@ class Report:
 
     @cached_property
     def bars(self) -> dict[str, float]:
-        return bars_for(self.judged.arithmetic if self.judged else None, self._rounding)
-
-    @property
-    def _rounding(self) -> str:
-        return self.quantization if self.base == "dequantized" else "none"
+        judged = self.judged
+        return bars_for(judged is not None, judged is None or judged.exact)
 
     @cached_property
     def failed(self) -> list[str]:

@@ -206,7 +206,7 @@ def verdict(
 ) -> str:
     if name.startswith("original"):
         return "another function"
-    bars = bars_for("float32", run.recipe.base.quantization)
+    bars = bars_for(compared=True)
     wrong = missed(bars, {"kept": updates.get(name, 0.0)}, compare(trained, base, one, run.data.eval))
     return f"{len(wrong)} missed" if wrong else "passed"
 

@@ -139,14 +139,44 @@ def all_logprobs(
     When memory runs out, those that are left go on with half the budget, and `say` is told. Raises RunError,
     naming the row, where a single example does not fit.
     """
-    parts, order, left, budget = [], [], list(range(len(branches))), tokens_per_microbatch
+    parts: list[LogProbs] = []
+    order: list[int] = []
+
+    def add(batch: MicroBatch, examples: list[int]) -> None:
+        parts.append(batch_logprobs(model, objective, batch, cache).to("cpu"))
+        order.extend(examples)
+
+    each_microbatch(
+        model, branches, add, tokens_per_microbatch=tokens_per_microbatch, progress=progress, say=say
+    )
+    if cache is not None:
+        cache.commit()
+    return LogProbs.joined(parts).reordered(order)
+
+
+def each_microbatch(
+    model: Model,
+    branches: Sequence[Branches],
+    act: Callable[[MicroBatch, list[int]], None],
+    *,
+    tokens_per_microbatch: int,
+    progress: Callable[[int], None] | None = None,
+    say: Callable[[str], None] = log.warning,
+) -> None:
+    """Call `act` with each micro-batch of these, on the model's device, and with the numbers of its examples;
+    without gradient or dropout.
+
+    When memory runs out, those that are left go on with half the budget, and `say` is told. Raises RunError,
+    naming the row, where a single example does not fit.
+    """
+    left, budget = list(range(len(branches))), tokens_per_microbatch
     while left:
         these = [branches[n] for n in left]
         done: list[int] = []
         try:
             with torch.no_grad(), without_dropout(model):
                 for batch in pack(these, budget, model.way):
-                    parts.append(batch_logprobs(model, objective, batch.to(model.device), cache).to("cpu"))
+                    act(batch.to(model.device), [left[n] for n in batch.examples])
                     done += batch.examples
                     if progress is not None:
                         progress(len(batch.examples))
@@ -159,15 +189,11 @@ def all_logprobs(
                     f"evaluation: {does_not_fit(these, model.way)}: lower data.max_tokens"
                 ) from error
             budget = smaller
-        order += [left[n] for n in done]
-        left = sorted(set(left) - set(order))
+        left = sorted(set(left) - {left[n] for n in done})
         if left:
             # Outside the handler: its traceback holds the failed forward's tensors.
             give_back_memory()
             say(f"out of memory while evaluating: it goes on with {budget} tokens a micro-batch")
-    if cache is not None:
-        cache.commit()
-    return LogProbs.joined(parts).reordered(order)
 
 
 def does_not_fit(branches: Sequence[Branches], way: Way) -> str:

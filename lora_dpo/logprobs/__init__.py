@@ -5,7 +5,12 @@ neither on how many rows there are nor on the vocabulary.
 """
 
 from lora_dpo.logprobs.head import FrozenHead, Head, head_is_frozen, vocabulary
-from lora_dpo.logprobs.tokens import token_divergence, token_logprobs, token_logprobs_and_square_sums
+from lora_dpo.logprobs.tokens import (
+    token_divergence,
+    token_logprobs,
+    token_logprobs_and_distributions,
+    token_logprobs_and_square_sums,
+)
 from lora_dpo.logprobs.transform import LogitTransform
 
 __all__ = [
@@ -15,6 +20,7 @@ __all__ = [
     "head_is_frozen",
     "token_divergence",
     "token_logprobs",
+    "token_logprobs_and_distributions",
     "token_logprobs_and_square_sums",
     "vocabulary",
 ]

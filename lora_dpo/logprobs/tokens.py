@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora_dpo.batching import MicroBatch
@@ -13,6 +14,9 @@ from lora_dpo.logprobs.head import FrozenHead, Head, head_is_frozen, head_tile, 
 from lora_dpo.logprobs.transform import LogitTransform
 from lora_dpo.model import Model, as_policy, as_reference
 from lora_dpo.ways import scored_hidden
+
+ROWS_AT_A_TIME = 128
+"""Rows of whole distributions that are on the device together: 64 MB of float32 for 128k tokens."""
 
 
 def token_logprobs(model: Model, batch: MicroBatch, *, tile: tuple[int, int] | None = None) -> Tensor:
@@ -39,12 +43,34 @@ def _through_head(
     with model.autocast():
         with model.saving():
             hidden = scored_hidden(model.causal, batch, model.way)
-        head = _head(model, tile)
-        if head_is_frozen(model):
-            made: Any = FrozenHead.apply(hidden.to(head.weight.dtype), batch.targets, head, squares)
-            return made
-        rows = max(1, head.rows * head.columns // vocabulary(model))
-        return trainable_head(model, hidden, batch.targets, head.transform, rows, squares)
+        return _of_hidden(model, hidden, batch.targets, tile, squares)
+
+
+def _of_hidden(
+    model: Model, hidden: Tensor, targets: Tensor, tile: tuple[int, int] | None, squares: bool
+) -> tuple[Tensor, Tensor | None]:
+    head = _head(model, tile)
+    if head_is_frozen(model):
+        made: Any = FrozenHead.apply(hidden.to(head.weight.dtype), targets, head, squares)
+        return made
+    rows = max(1, head.rows * head.columns // vocabulary(model))
+    return trainable_head(model, hidden, targets, head.transform, rows, squares)
+
+
+def token_logprobs_and_distributions(model: Model, batch: MicroBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """`token_logprobs` [S], and log π(·) at some score rows, `rows` int64 [R]: float32 [R, V], on the CPU.
+
+    Without gradient.
+    """
+    transform = LogitTransform.of(model.causal.config)
+    with torch.no_grad(), model.autocast():
+        hidden = scored_hidden(model.causal, batch, model.way)
+        logprobs, _ = _of_hidden(model, hidden, batch.targets, None, squares=False)
+        whole = torch.empty(len(rows), vocabulary(model))
+        for part in torch.arange(len(rows)).split(ROWS_AT_A_TIME):
+            logits = model.head(hidden[rows[part].to(hidden.device)])
+            whole[part] = torch.log_softmax(transform(logits.float()), dim=-1).cpu()
+    return logprobs, whole
 
 
 def token_divergence(

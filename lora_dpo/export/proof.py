@@ -1,0 +1,280 @@
+"""Proof of an export: what was exported, reloaded from disk, beside base + adapter on held-out rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from lora_dpo.errors import DataError, RunError
+from lora_dpo.evaluation import bootstrap
+from lora_dpo.export.arithmetic import NoRoom, Plan, in_float32, plan
+from lora_dpo.export.comparing import accuracy_of, compare, margins_of
+from lora_dpo.export.report import Kind, OnBase, Pairs, Report, write_report
+from lora_dpo.export.said import Said, listen, positions_for, spread
+from lora_dpo.logprobs import vocabulary
+from lora_dpo.losses import DPO
+from lora_dpo.model import (
+    Model,
+    as_base,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    pick_compute_dtype,
+    pick_device,
+)
+from lora_dpo.out_of_memory import give_back_memory
+from lora_dpo.recipe import Base, Data, Recipe
+from lora_dpo.tokenization import Branches
+from lora_dpo.training import Display, prepare_held_out
+
+EXAMPLES = 64
+"""Held-out examples that are compared."""
+
+INT8 = "on a card int8 layers round their inputs too, a merged model's don't: the comparison includes that"
+ROUNDS = (
+    "there was no room for float32 arithmetic: in {} a forward pass rounds about as much as small updates"
+    " move, so that only coarse errors show"
+)
+
+
+class Trained(Protocol):
+    """What was exported: an adapter's folder, its base, and the run's recipe where it is a run's."""
+
+    @property
+    def adapter(self) -> Path: ...
+    @property
+    def base(self) -> Base: ...
+    @property
+    def recipe(self) -> Recipe | None: ...
+    @property
+    def record(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Held-out examples, what they were read as, and where they are from in words."""
+
+    examples: list[Branches]
+    records: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Hearing:
+    """How every model of a proof is asked: on which examples, where, and by how many tokens at a time."""
+
+    rows: Rows
+    plan: Plan
+    tokens_per_microbatch: int
+    progress: Callable[[int], None]
+    say: Callable[[str], None]
+
+    def of(self, model: Model, *, whole: bool = True) -> Said:
+        """whole: keep whole distributions too."""
+        return listen(
+            model,
+            self.rows.examples,
+            positions=positions_for(vocabulary(model)) if whole else 0,
+            tokens_per_microbatch=self.tokens_per_microbatch,
+            progress=self.progress,
+            say=self.say,
+        )
+
+    def ready(self, model: Model) -> Model:
+        return in_float32(model) if self.plan.arithmetic == "float32" else model
+
+
+def prove(
+    source: Trained,
+    folder: Path,
+    *,
+    dtype: str,
+    kind: Kind = "merged",
+    base: Literal["dequantized", "original"] = "dequantized",
+    weights: dict[str, Any] | None = None,
+    data: str | None = None,
+    examples: int = EXAMPLES,
+    accept: bool = False,
+    display: Display | None = None,
+) -> Report:
+    """Compare what was exported to a folder with base + adapter, and write `export_report.json` into it.
+
+    dtype: what the weights are stored in. base: whose weights a merge added the update to. weights: what the
+    merge measured of the stored weights. data: rows to compare on instead of those that the run held out.
+    examples: how many of them, evenly spread. Merged models and adapters are reloaded; the other kinds are
+    not models that can be asked here. Raises DataError or RunError where rows that were named can't be used,
+    ModelError where the export can't be loaded.
+    """
+    display = display or Display(quiet=True)
+    report = Report(kind, dtype, base, weights, accept=accept)
+    rows = _rows(source, kind, data, examples, display)
+    made = plan_of(source, folder, kind, dtype, rows) if isinstance(rows, Rows) else rows
+    if isinstance(rows, str) or not isinstance(made, Plan):
+        report = replace(report, not_compared=made if isinstance(made, str) else made.said)
+    else:
+        if made.said:
+            report = replace(report, notes=(made.said,))
+        kept = [rows.examples[n] for n in spread(made.examples, len(rows.examples))]
+        report = _compared(report, source, folder, replace(rows, examples=kept), made, display)
+    write_report(report, folder)
+    return report
+
+
+def _rows(source: Trained, kind: Kind, data: str | None, examples: int, display: Display) -> Rows | str:
+    """The examples to compare on; or why there are none, in words."""
+    if kind not in ("merged", "adapter"):
+        return f"{kind} files are not run here; their tensors are checked instead"
+    try:
+        rows = held_out(source, data, display)
+    except DataError as error:
+        if data is not None:
+            raise
+        return f"the run's held-out rows can't be read: {error} (--data FILE gives others)"
+    if not rows.examples:
+        if data is not None:
+            raise RunError(f"--data {data}: none of its rows can be compared on")
+        return "the run held out no rows: give some with --data FILE"
+    return replace(rows, examples=[rows.examples[n] for n in spread(examples, len(rows.examples))])
+
+
+def held_out(source: Trained, data: str | None, display: Display) -> Rows:
+    """The rows that a run held out, or those of a file; of a bare adapter without a file there are none.
+
+    Raises DataError naming file and row.
+    """
+    recipe, tokenizer = source.recipe, load_tokenizer(source.base)
+    if recipe is None:
+        if data is None:
+            return Rows([], "pairs", "")
+        template = source.adapter / "chat_template.jinja"
+        section = Data(data, chat_template=str(template) if template.is_file() else None)
+        recipe = Recipe(source.base, section, loss=DPO())
+    found = prepare_held_out(
+        recipe.data, recipe.loss, tokenizer, seed=recipe.training.seed, display=display, source=data
+    )
+    records, branches = recipe.loss.records, found.eval
+    if records == "ratings":
+        branches = [item.only([0]) for item in branches]  # the other side is another row's response
+    return Rows(branches, records, data if data is not None else "held out by the run")
+
+
+def plan_of(source: Trained, folder: Path, kind: Kind, dtype: str, rows: Rows) -> Plan | NoRoom:
+    """Where and in what arithmetic to compare."""
+    if kind == "adapter":  # the same base twice: nothing that rounding could hide
+        return Plan(pick_device(source.base).type, compute_dtype(source), len(rows.examples))
+    return plan(folder, source.base, dtype, [item.tokens for item in rows.examples])
+
+
+def compute_dtype(source: Trained) -> str:
+    """What the base computed in when it was trained on, and so what its weights are dequantized in."""
+    if source.base.compute_dtype != "auto":
+        return source.base.compute_dtype
+    recorded = getattr(source.record, "compute_dtype", None)
+    found = pick_compute_dtype(source.base, pick_device(source.base))
+    return recorded or str(found).removeprefix("torch.")
+
+
+def _compared(
+    report: Report, source: Trained, folder: Path, rows: Rows, made: Plan, display: Display
+) -> Report:
+    speakers = 5 if report.base == "original" else 3
+    recipe = source.recipe
+    with display.counting("comparing", speakers * len(rows.examples)) as advance:
+        hearing = Hearing(
+            rows, made, recipe.training.tokens_per_microbatch if recipe else 8192, advance, display.say
+        )
+        quantized = replace(
+            source.base,
+            device=made.device,  # pyright: ignore[reportArgumentType]
+            compute_dtype=compute_dtype(source),  # pyright: ignore[reportArgumentType]
+            fused_kernels=False,
+        )
+        with _freed():
+            trained, base = _both(hearing, quantized, source.adapter)
+        with _freed():
+            exported = _exported(hearing, report.kind, quantized, folder)
+        found = compare(trained, base, exported, rows.examples, rows.records)
+        full = made.arithmetic == "float32"
+        exact = full and not _rounds_inputs(quantized)
+        report = replace(report, pairs=Pairs(rows.source, made.arithmetic, found, exact))
+        if report.base == "original":
+            plain = replace(quantized, quantization="none", compute_dtype=made.arithmetic)  # pyright: ignore
+            with _freed():
+                wanted, original = _both(hearing, plain, source.adapter)
+            stored = compare(wanted, original, exported, rows.examples, rows.records)
+            sides = _side_by_side(rows, trained, base, exported, original)
+            kept = Pairs(rows.source, made.arithmetic, stored, full)
+            report = replace(report, stored=kept, bases=sides)
+    return replace(report, notes=(*report.notes, *_notes(report, quantized, made)))
+
+
+def _rounds_inputs(base: Base) -> bool:
+    """int8 on a card; on a CPU bitsandbytes multiplies with the dequantized weights."""
+    return base.quantization == "int8" and base.device != "cpu"
+
+
+@contextmanager
+def _freed() -> Iterator[None]:
+    """Give back what the models that were loaded inside took."""
+    try:
+        yield
+    finally:
+        give_back_memory()
+
+
+def _both(hearing: Hearing, base: Base, adapter: Path) -> tuple[Said, Said]:
+    """What base + adapter say, and the base alone."""
+    model = hearing.ready(load_adapter(load_model(base), str(adapter)))
+    said = hearing.of(model)
+    with as_base(model):
+        return said, hearing.of(model)
+
+
+def _exported(hearing: Hearing, kind: Kind, base: Base, folder: Path) -> Said:
+    if kind == "adapter":
+        return hearing.of(hearing.ready(load_adapter(load_model(base), str(folder))))
+    plain = Base(
+        str(folder),
+        quantization="none",
+        compute_dtype=hearing.plan.arithmetic,  # pyright: ignore[reportArgumentType]
+        device=hearing.plan.device,  # pyright: ignore[reportArgumentType]
+        trust_remote_code=base.trust_remote_code,
+    )
+    return hearing.of(load_model(plain))
+
+
+def _notes(report: Report, base: Base, made: Plan) -> list[str]:
+    if report.kind != "merged":
+        return []
+    rough = [ROUNDS.format(made.arithmetic)] if made.arithmetic != "float32" else []
+    return rough + ([INT8] if _rounds_inputs(base) else [])
+
+
+def _side_by_side(
+    rows: Rows, trained: Said, base: Said, exported: Said, original: Said
+) -> tuple[OnBase, OnBase]:
+    quantized, plain = "the quantized base", "the original base, not quantized"
+    return (
+        _on_base("quantized base + adapter, as trained", quantized, rows, trained, base, base),
+        _on_base("original base + adapter, as exported", plain, rows, exported, original, base),
+    )
+
+
+def _on_base(name: str, own: str, rows: Rows, said: Said, reference: Said, quantized: Said) -> OnBase:
+    margins = margins_of(said, reference, rows.examples, rows.records)
+    means = [
+        said.sums[:, side].sum().item() / sum(item.scored_count(side) for item in rows.examples)
+        for side in range(said.sums.shape[1])
+    ]
+    return OnBase(
+        name=name,
+        own_reference=own,
+        logps_chosen=means[0],
+        logps_rejected=means[1] if len(means) > 1 else None,
+        preference_accuracy=accuracy_of(margins) if rows.records == "pairs" else None,
+        margin=bootstrap(margins),
+        margin_over_quantized=bootstrap(margins_of(said, quantized, rows.examples, rows.records)),
+    )

@@ -131,8 +131,8 @@ def _drawable(
 
 
 def running_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """The mean over `width` neighbours (odd; fewer at the ends) of values [n]; what is NaN counts nowhere, and
-    stays NaN.
+    """The mean over `width` neighbours (odd; fewer at the ends) of values [n]; what is NaN counts nowhere,
+    and stays NaN.
     """
     known = np.isfinite(values)
     window = np.ones(width)
@@ -149,14 +149,15 @@ def _picture(
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
     width = 2 * (len(train) // 50) + 1
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own style would change the picture
-        figure = Figure(figsize=(5 * columns, 3 * rows + 0.4), dpi=144, facecolor="white", layout="constrained")
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+        figure = Figure(figsize=(5 * columns, 3 * rows + 0.4), dpi=144, facecolor="white", layout=layout)
         canvas = FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # pyright: ignore[reportOptionalMemberAccess]
         for place, panel in enumerate(panels, start=1):
             axes = figure.add_subplot(rows, columns, place)
             _draw_panel(axes, panel, train, held_out, width)

@@ -1,4 +1,4 @@
-"""Markdown from strings that may be anybody's: nothing in them becomes a heading, a link, HTML or a column."""
+"""Markdown from strings that may be anybody's: nothing in them becomes a link, HTML or a column."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ def code(text: object) -> str:
     if _TAME.fullmatch(line):
         return f"`{line}`"
     # Between backticks a table would still split at |; as entities nothing is read as anything.
-    return f"<code>{entities(line)}</code>"
+    return f"<code>{plain(line)}</code>"
 
 
-def entities(text: str) -> str:
-    """Every character that Markdown or HTML could read as more than itself, as a numeric entity."""
-    return "".join(c if c.isalnum() or c in " .,:" else f"&#{ord(c)};" for c in text)
+def plain(text: str) -> str:
+    """Text on one line, as it is: what Markdown or HTML could read as more than itself becomes an entity."""
+    line = printable(" ".join(text.split()))
+    harmless = " ,:+-" if "www." in line.lower() else " ,:+-."  # www.… would become a link
+    return "".join(c if c.isalnum() or c in harmless else f"&#{ord(c)};" for c in line)
 
 
 def printable(text: str) -> str:

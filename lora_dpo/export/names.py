@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from lora_dpo.recipe import Recipe, Source, to_dict
@@ -54,7 +53,7 @@ def public_source(source: Any) -> str:
     """How a data source is called: a hub id with its split, or a file's or folder's name."""
     path = source.path if isinstance(source, Source) else source
     if not isinstance(path, str):
-        return f"{len(path)} rows given from Python"
+        return f"{len(path):,} rows given from Python"
     return path if hub_dataset(path) else last_part(path)
 
 
@@ -85,14 +84,10 @@ def _public(value: Any, key: str = "") -> Any:
         return [_public(item, key) for item in value]
     if not isinstance(value, str):
         return value
+    if key == "chat_template" and "{" in value:  # its text, not a file's name
+        return _TOKEN.sub(r"\1_…", value)
     if key in ("train", "eval", "path"):
-        # A text in angle brackets stands for rows from Python; last_part would leave it as it is.
         return public_source(value)
-    if key == "objective" or (_ABSOLUTE.fullmatch(value) and key != "chat_template"):
+    if key in ("objective", "chat_template") or _ABSOLUTE.fullmatch(value):
         return last_part(value)
-    return public_text(value) if key != "chat_template" or _is_path(value) else _TOKEN.sub(r"\1_…", value)
-
-
-def _is_path(template: str) -> bool:
-    """Whether a chat template is a file's path rather than its text."""
-    return "{" not in template and len(Path(template).parts) > 1 and "\n" not in template
+    return public_text(value)

@@ -46,7 +46,18 @@ def last_part(path: object) -> str:
 
 def public_text(text: str) -> str:
     """Text with every absolute path in it by its last part, and no tokens."""
-    return _TOKEN.sub(r"\1_…", _PATH_IN_TEXT.sub(lambda match: last_part(match[0]), text))
+    return without_tokens(_PATH_IN_TEXT.sub(lambda match: last_part(match[0]), text))
+
+
+def without_tokens(text: str) -> str:
+    """Text without what looks like an access token of the hub."""
+    return _TOKEN.sub(r"\1_…", text)
+
+
+def paths_in(text: str) -> list[str]:
+    """The absolute paths in a text that are there on this machine."""
+    found = (match[0] for match in _PATH_IN_TEXT.finditer(text))
+    return [path for path in found if len(re.split(r"[\\/]", path)) > 2 and _is_there(path)]
 
 
 def public_source(source: Any) -> str:
@@ -85,7 +96,7 @@ def _public(value: Any, key: str = "") -> Any:
     if not isinstance(value, str):
         return value
     if key == "chat_template" and "{" in value:  # its text, not a file's name
-        return _TOKEN.sub(r"\1_…", value)
+        return without_tokens(value)
     if key in ("train", "eval", "path"):
         return public_source(value)
     if key in ("objective", "chat_template") or _ABSOLUTE.fullmatch(value):

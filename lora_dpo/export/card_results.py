@@ -1,0 +1,256 @@
+"""What was measured, as a card shows it: the run's evaluation, and how the export compares with what was
+trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lora_dpo.export.facts import Facts, mapping_of, number_of, text_of
+from lora_dpo.export.markdown import bullets, code, details, table
+from lora_dpo.export.names import last_part, public_text
+
+NOT_FINITE = "not a number"
+WORST = 10
+"""So many layers are shown, those that kept least of their update."""
+
+MEANINGS = {
+    "rewards/accuracy": (
+        "preference accuracy",
+        "share of pairs with the higher implicit reward on the chosen",
+    ),
+    "rewards/margin": ("margin", "implicit reward of the chosen response less that of the rejected one"),
+    "loss": ("loss", "of the objective"),
+    "rewards/chosen": ("reward, chosen", "implicit reward"),
+    "rewards/rejected": ("reward, rejected", "implicit reward"),
+    "logps/chosen_change": ("change, chosen", "log-probability against the reference, nats a response"),
+    "logps/rejected_change": ("change, rejected", "log-probability against the reference, nats a response"),
+    "logps/chosen": ("log-probability, chosen", "nats a response"),
+    "logps/rejected": ("log-probability, rejected", "nats a response"),
+    "logps/accuracy": ("likelihood accuracy", "share of pairs whose chosen response is the likelier one"),
+    "logps/response": ("log-probability", "nats a response"),
+    "logps/completion": ("log-probability", "nats a response"),
+    "tokens/chosen": ("length, chosen", "scored tokens"),
+    "tokens/rejected": ("length, rejected", "scored tokens"),
+    "tokens/response": ("length", "scored tokens"),
+    "tokens/completion": ("length", "scored tokens"),
+}
+"""Metrics in the order that a card shows them: what they are called, and what they are."""
+
+
+def measured(facts: Facts, picture: str | None) -> str:
+    """The section about held-out results. picture: the file with the curves, beside the card."""
+    parts = ["## Measured results", *_evaluated(facts)]
+    if picture is not None:
+        curves = "Curves of loss, preference accuracy, margin and log-probabilities over the optimizer steps"
+        parts.append(f"![{curves}]({picture})")
+    return "\n\n".join(parts)
+
+
+def headline(facts: Facts) -> list[str]:
+    """The first figure that anybody looks for, in a sentence; none where it wasn't measured."""
+    metrics = mapping_of(None if facts.evaluation is None else facts.evaluation.get("metrics"))
+    accuracy = mapping_of(metrics.get("rewards/accuracy"))
+    if not facts.on_own_rows or number_of(accuracy.get("mean")) is None:
+        return []
+    examples = mapping_of(facts.evaluation)["examples"]
+    return [f"Its preference accuracy on {examples:,} held-out pairs is {with_interval(accuracy)}."]
+
+
+def _evaluated(facts: Facts) -> list[str]:
+    rows = "examples" if facts.recipe is None else facts.recipe.loss.records
+    if facts.evaluation is not None:
+        examples = facts.evaluation.get("examples")
+        number = f"{examples:,}" if isinstance(examples, int) else "an unknown number of"
+        whose = (
+            " that the run held out"
+            if facts.on_own_rows
+            else ", of which isn't recorded where they are from: they may be others than the run held out"
+        )
+        said = f"On {number} {rows}{whose}. Means with 95% bootstrap intervals over them."
+        metrics = mapping_of(facts.evaluation.get("metrics"))
+        return [said, _metrics_table({name: interval_text(value) for name, value in metrics.items()})]
+    record = facts.kept_evaluation
+    if record is not None:
+        said = (
+            f"On the {rows} that the run held out, after step {record['step']}. Means without intervals:"
+            " `lora-dpo eval` had not been run when this card was written."
+        )
+        means = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
+        return [said, _metrics_table({name: (digits(value), "") for name, value in means.items()})]
+    return ["Nothing was measured on held-out examples, or it was not recorded where this card was written."]
+
+
+def _metrics_table(found: Mapping[str, tuple[str, str]]) -> str:
+    names = [name for name in MEANINGS if name in found] + sorted(found.keys() - MEANINGS.keys())
+    rows = []
+    for name in names:
+        title, meaning = MEANINGS.get(name, (code(name), ""))
+        rows.append([title, *found[name], meaning])
+    intervals = any(interval for _, interval in found.values())
+    if not intervals:
+        return table(("metric", "mean", "what it is"), [[row[0], row[1], row[3]] for row in rows])
+    return table(("metric", "mean", "95% interval", "what it is"), rows)
+
+
+def digits(value: Any) -> str:
+    """A number with three decimals, as `lora-dpo eval` prints it."""
+    number = number_of(value)
+    return NOT_FINITE if number is None else f"{number:.3f}"
+
+
+def short(value: Any) -> str:
+    """A number with four significant digits."""
+    number = number_of(value)
+    return NOT_FINITE if number is None else f"{number:.4g}"
+
+
+def interval_text(value: Any) -> tuple[str, str]:
+    """(mean, 95% interval) of {"mean", "low", "high"}; a plain number has none."""
+    if not isinstance(value, Mapping):
+        return digits(value), ""
+    low, high = (number_of(value.get(end)) for end in ("low", "high"))
+    return digits(value.get("mean")), "" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
+
+
+def with_interval(value: Any) -> str:
+    return " ".join(text for text in interval_text(value) if text)
+
+
+def proof(facts: Facts) -> str:
+    """The section about what the export kept."""
+    report = facts.report
+    parts = ["## What the export kept"]
+    if report is None:
+        copied = "The adapter's tensors are those of the training run. " if facts.kind == "adapter" else ""
+        return "\n\n".join([*parts, f"{copied}This export was not compared with base + adapter."])
+    parts += [_stored(facts, report), *_verdict(report)]
+    weights, pairs = mapping_of(report.get("weights")), mapping_of(report.get("pairs"))
+    if weights:
+        parts.append(_weights(weights))
+    if pairs:
+        parts += _pairs(pairs)
+    if report.get("bases"):
+        parts += _bases(report["bases"])
+    return "\n\n".join(part for part in parts if part)
+
+
+def _stored(facts: Facts, report: Mapping[str, Any]) -> str:
+    dtype = text_of(report.get("dtype"))
+    stored = f"Weights are stored in {code(dtype)}. " if dtype else ""
+    if facts.is_adapter:
+        return stored.strip()
+    if report.get("base") == "original":
+        return (
+            f"{stored}The update was added to the **original** base, not to the quantized one that it was"
+            " trained on: this is a different function from the one that was trained."
+        )
+    if report.get("base") == "dequantized" and facts.quantization != "none":
+        return (
+            f"{stored}The update was added to the base as it was while training: quantized"
+            f" ({code(facts.quantization)}) and then dequantized."
+        )
+    return stored.strip()
+
+
+def _verdict(report: Mapping[str, Any]) -> list[str]:
+    """Whether the bars were met, in words."""
+    bars = [f"{code(name)} {short(value)}" for name, value in mapping_of(report.get("bars")).items()]
+    asked = f": {', '.join(bars)}" if bars else ""
+    failed = [code(public_text(str(reason))) for reason in _list(report.get("failed"))]
+    if report.get("passed") is False or failed:
+        said = [f"**The export misses its bars**{asked}.", bullets(failed)]
+        if report.get("accepted") is True:
+            said.append("It was written all the same, because its author accepted that (`--accept`).")
+        return said
+    if report.get("passed") is True:
+        return [f"The export meets its bars{asked}."]
+    return ["**Nothing could be compared** with base + adapter."]
+
+
+def _weights(weights: Mapping[str, Any]) -> str:
+    """The share of the update that is left in the stored weights, in all and where it is least."""
+    layers = [layer for layer in _list(weights.get("layers")) if isinstance(layer, Mapping)]
+    said = (
+        f"In the weights, {short(weights.get('kept'))} of the update is kept over all changed tensors, and"
+        f" what is stored differs from what was wanted by {short(weights.get('error'))} of the update's norm."
+    )
+    if not layers:
+        return said
+    least = sorted(layers, key=lambda layer: number_of(layer.get("kept")) or 0.0)[:WORST]
+    rows = [
+        [code(layer.get("name", "")), *(short(layer.get(key)) for key in ("update", "kept", "error"))]
+        for layer in least
+    ]
+    title = (
+        "Layer by layer" if len(layers) <= WORST else f"The {WORST} of {len(layers)} layers that kept least"
+    )
+    header = ("layer", "update / weight (norms)", "kept", "error / update (norms)")
+    return f"{said}\n\n{details(title, table(header, rows))}"
+
+
+def _pairs(pairs: Mapping[str, Any]) -> list[str]:
+    """Base + adapter beside what was exported, on held-out rows."""
+    where = text_of(pairs.get("source"))
+    on = f" of {code(public_text(last_part(where)))}" if where else ""
+    count = ", ".join(
+        f"{number:,.0f} {what}"
+        for key, what in (("examples", "examples"), ("tokens", "scored tokens"), ("positions", "positions"))
+        if (number := number_of(pairs.get(key))) is not None
+    )
+    arithmetic = text_of(pairs.get("arithmetic"))
+    how = f", computed in {code(arithmetic)}" if arithmetic else ""
+    rows = [
+        (name, *(short(found[which]) for which in ("mean", "largest")))
+        for key, name in (
+            ("logprob_difference", "log-probability of a token, absolute difference in nats"),
+            ("kl", "KL(base + adapter ‖ export) at a position, in nats"),
+        )
+        if (found := mapping_of(pairs.get(key))).keys() >= {"mean", "largest"}
+    ]
+    if pairs.get("top1_agreement") is not None:
+        rows.append(("same likeliest token, share of positions", short(pairs["top1_agreement"]), ""))
+    margin, accuracy = mapping_of(pairs.get("margin")), mapping_of(pairs.get("preference_accuracy"))
+    if margin.get("kept") is not None:
+        kept = margin["kept"]
+        rows.append(("**margin kept**, share", f"**{_kept(kept)}**", ""))
+    both = [
+        (name, with_interval(found.get("trained")), with_interval(found.get("exported")))
+        for name, found in (("preference accuracy", accuracy), ("margin, in nats, without β", margin))
+        if found
+    ]
+    parts = [f"Reloaded from disk and compared on held-out rows{on}: {count}{how}."]
+    parts += [table(("export against base + adapter", "mean", "largest"), rows)] if rows else []
+    header = ("mean [95% interval]", "base + adapter, as trained", "as exported")
+    return parts + ([table(header, both)] if both else [])
+
+
+def _kept(value: Any) -> str:
+    """A share, with its interval where there is one."""
+    if not isinstance(value, Mapping):
+        return short(value)
+    low, high = (number_of(value.get(end)) for end in ("low", "high"))
+    return short(value.get("mean")) + ("" if low is None or high is None else f" [{low:.4g}, {high:.4g}]")
+
+
+def _bases(bases: Any) -> list[str]:
+    """The bases beside each other, for an export onto the original one."""
+    columns = {
+        "logps_chosen": "log-prob, chosen",
+        "logps_rejected": "log-prob, rejected",
+        "preference_accuracy": "preference accuracy",
+        "margin": "margin, without β",
+    }
+    rows = []
+    for base in _list(bases):
+        found = mapping_of(base)
+        reference = found.get("own_reference")
+        against = "itself" if reference is True else "the quantized base" if reference is False else ""
+        figures = (with_interval(found[key]) if found.get(key) is not None else "" for key in columns)
+        rows.append([code(found.get("name", "")), against or code(reference or ""), *figures])
+    return ["Both bases beside each other:", table(("model", "reference", *columns.values()), rows)]
+
+
+def _list(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else ()

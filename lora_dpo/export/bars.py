@@ -1,8 +1,20 @@
 """When an export is not what was trained: stated numbers, and which of them were missed.
 
-Measured on a 10M chat model (NF4, bfloat16, rank 16, 296 steps of 16 pairs, 64 held-out pairs, float32
-arithmetic; `tests/benchmarks/merge_dtypes.py` makes the whole table):
-BARS_TABLE
+What they come from: a 10M chat model on 4-bit weights (NF4, rank 16, 296 steps of 16 pairs), merged, and
+compared in float32 arithmetic on 99 held-out pairs (`tests/benchmarks/merge_dtypes.py`).
+
+    learning rate, merge     margin kept, 95%         update kept   KL over KL to the base   top-1
+    5e-6  bfloat16           0.714 [0.699, 0.725]     0.686         0.067                    0.997
+    1e-5  bfloat16           0.929 [0.923, 0.933]     0.912         0.0044                   1
+    2e-5  bfloat16           0.994 [0.992, 0.996]     0.991         0.0001                   0.999
+    1e-4  bfloat16           1.000 [1.000, 1.000]     1.000         0.000002                 0.998
+    5e-6  float16            0.998 [0.997, 1.000]     1.000         0.0003                   1
+    5e-6  4-bit, by peft     0.008 [-0.009, 0.024]    0.007         0.998                    0.989
+    1e-4  4-bit, by peft     0.160 [0.140, 0.180]     0.243         0.558                    0.643
+
+The update that the weights kept foretells the margin. The base without any adapter agrees on 0.989 of the
+likeliest tokens at 5e-6: top-1 agreement shows a broken export, not a lost update; KL's share shows both. In
+bfloat16 arithmetic base + adapter differ from themselves in float32 by a KL of 1e-4, in top-1 0.987.
 """
 
 from __future__ import annotations
@@ -19,9 +31,10 @@ TOP1, KL_SHARE, KL_NOISE, UPDATE_KEPT = "top1_agreement", "kl_share", "kl_noise"
 EXACT = {MARGIN_KEPT_LOW: 0.95, MARGIN_KEPT_HIGH: 1.05, TOP1: 0.98, KL_SHARE: 0.05, KL_NOISE: 1e-6}
 """Where what differs is how the weights were stored, and nothing else.
 
-margin_kept_low, margin_kept_high: missed where the whole 95% interval of the margin kept lies outside: few
-pairs alone miss nothing. kl_share: KL(base + adapter ‖ exported) over KL(base + adapter ‖ base), how far
-storing moved the model over how far training did; a mean KL up to kl_noise nats is rounding.
+margin_kept_low, margin_kept_high: missed where the whole 95% interval of the margin kept lies outside, so
+that few pairs alone miss nothing. top1_agreement: a single position alone misses nothing. kl_share: KL(base +
+adapter ‖ exported) over KL(base + adapter ‖ base), how far storing moved the model over how far training did;
+a mean KL up to kl_noise nats is rounding.
 """
 
 ROUGH = {MARGIN_KEPT_LOW: 0.8, MARGIN_KEPT_HIGH: 1.25, TOP1: 0.95, KL_SHARE: 0.05, KL_NOISE: 1e-3}
@@ -29,7 +42,7 @@ ROUGH = {MARGIN_KEPT_LOW: 0.8, MARGIN_KEPT_HIGH: 1.25, TOP1: 0.95, KL_SHARE: 0.0
 inputs.
 """
 
-WEIGHTS = {UPDATE_KEPT: 0.9}
+WEIGHTS = {UPDATE_KEPT: 0.95}
 """The share of the update that the stored weights kept, ⟨stored − W, ΔW⟩ / ‖ΔW‖² over all of them."""
 
 
@@ -50,15 +63,13 @@ def missed(
     low, high = bars[MARGIN_KEPT_LOW], bars[MARGIN_KEPT_HIGH]
     if found.kept is not None and not _meets(found.kept, low, high):
         lines.append(f"the margin kept is {found.kept}; the bars are {low} and {high}")
-    if not found.top1 >= bars[TOP1]:
+    if not (found.top1 >= bars[TOP1] or (1 - found.top1) * found.positions < 1.5):
         lines.append(f"top-1 agreement is {found.top1:.4f}; the bar is {bars[TOP1]}")
-    most = max(bars[KL_SHARE] * (found.moved_kl or 0.0), bars[KL_NOISE])
-    if not found.kl <= most:
-        moved = f", and {bars[KL_SHARE]:.0%} of the {found.moved_kl:.1e} that training moved the base"
-        lines.append(
-            f"KL(base + adapter ‖ exported) is {found.kl:.1e} nats; the bar is {bars[KL_NOISE]:.0e}"
-            + (moved if found.moved_kl is not None else "")
-        )
+    share = bars[KL_SHARE] * (found.moved_kl or 0.0)
+    if not found.kl <= max(share, bars[KL_NOISE]):
+        why = f"{bars[KL_SHARE]:.0%} of the {found.moved_kl:.1e} that training moved the base"
+        bar = f"{share:.1e}, {why}" if share > bars[KL_NOISE] else f"{bars[KL_NOISE]:.0e}"
+        lines.append(f"KL(base + adapter ‖ exported) is {found.kl:.1e} nats; the bar is {bar}")
     return lines
 
 

@@ -116,8 +116,8 @@ def share_kept(trained: Tensor, exported: Tensor) -> Interval | None:
     if t.mean() == 0:
         return None
     rng = np.random.default_rng(0)
-    picks = rng.integers(0, len(t), (BOOTSTRAP_SAMPLES, len(t)))
-    means, theirs = t[picks].mean(axis=1), e[picks].mean(axis=1)
-    shares = theirs[means != 0] / means[means != 0]
-    low, high = np.percentile(shares, [2.5, 97.5])
+    picks = (rng.integers(0, len(t), len(t)) for _ in range(BOOTSTRAP_SAMPLES))
+    sums = np.array([(t[pick].sum(), e[pick].sum()) for pick in picks])
+    sums = sums[sums[:, 0] != 0]
+    low, high = np.percentile(sums[:, 1] / sums[:, 0], [2.5, 97.5])
     return Interval(float(e.mean() / t.mean()), float(low), float(high))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from lora_dpo.errors import DataError, RunError
+from lora_dpo.errors import DataError, ModelError, RunError
 from lora_dpo.evaluation import bootstrap
 from lora_dpo.export.arithmetic import NoRoom, Plan, in_float32, plan
 from lora_dpo.export.comparing import accuracy_of, compare, margins_of
@@ -243,7 +243,13 @@ def _exported(hearing: Hearing, kind: Kind, base: Base, folder: Path) -> Said:
         device=hearing.plan.device,  # pyright: ignore[reportArgumentType]
         trust_remote_code=base.trust_remote_code,
     )
-    return hearing.of(load_model(plain))
+    try:
+        model = load_model(plain)
+    except ModelError as error:
+        raise ModelError(
+            f"the model that was exported to {folder} cannot be loaded again: {error}"
+        ) from error
+    return hearing.of(model)
 
 
 def _notes(report: Report, base: Base, made: Plan) -> list[str]:

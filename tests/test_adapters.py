@@ -28,12 +28,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen3MoeConfig
+from whole_merge import merged_network, merged_tensors, merged_weight
 
 from lora_dpo.attention import NAME
 from lora_dpo.batching import MicroBatch, collate
 from lora_dpo.errors import ModelError, RecipeError, RunError
 from lora_dpo.evaluation import batch_logprobs
-from lora_dpo.export import _merged_tensors, merged_network, merged_weight
 from lora_dpo.finished import evaluate_run, open_finished
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.losses import DPO
@@ -494,7 +494,7 @@ def test_experts_are_merged_too():
     model = moe(expert_targets=EXPERTS)
     steps(model, 4)
     plain = AutoModelForCausalLM.from_config(model.causal.config, dtype=torch.float32)
-    plain.load_state_dict(dict(_merged_tensors(model.causal, plain, torch.float32)), strict=True)
+    plain.load_state_dict(dict(merged_tensors(model.causal, plain, torch.float32)), strict=True)
     plain.set_attn_implementation(NAME)
     merged = policy(Model(plain, None, torch.float32))  # pyright: ignore
     assert (merged - policy(model)).abs().max() < 1e-5

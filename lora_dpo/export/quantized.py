@@ -9,7 +9,6 @@ bitsandbytes too, and where it disagrees it does them all.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,8 +65,12 @@ class FourBit:
 
     @property
     def step(self) -> int:
-        """Rows come in multiples of this, so that blocks stay whole."""
-        return self.block // math.gcd(self.shape[1], self.block)
+        """Rows come in multiples of this: all at once where a block of scales goes on in the next row.
+
+        On a CPU bitsandbytes gives some such weights the scales of other blocks, by the number of their rows;
+        what the base computes with is what it gives for all of them.
+        """
+        return self.shape[0] if self.shape[1] % self.block else 1
 
     def rows(self, first: int, count: int) -> Tensor:
         """Rows as the layer computes with them, in `dtype`. first: a multiple of `step`."""

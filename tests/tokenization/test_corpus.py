@@ -237,7 +237,10 @@ def test_an_interrupted_job_ends_at_once_and_leaves_no_process(
         (worker,) = psutil.Process(job.pid).children()
         os.killpg(job.pid, number)  # what a terminal does
         said = job.communicate(timeout=60)[1]
-        assert said == "stopped; nothing half-written is left, the same command begins again\n"
+        assert (
+            said
+            == "stopped; nothing half-written is in its place, the same command goes on or begins again\n"
+        )
         assert job.returncode == code
         worker.wait(timeout=60)
 

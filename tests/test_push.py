@@ -110,7 +110,7 @@ def serve(hub: Hub) -> ThreadingHTTPServer:
 
         do_GET = do_POST = handle_any  # noqa: N815
 
-        def log_message(self, *arguments: Any) -> None:
+        def log_message(self, format: str, *args: Any) -> None:
             pass
 
     return ThreadingHTTPServer(("127.0.0.1", 0), Handler)

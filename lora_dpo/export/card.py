@@ -18,7 +18,7 @@ from lora_dpo.export.curves import draw_curves
 from lora_dpo.export.facts import Facts, Kind, gather, text_of
 from lora_dpo.export.limits import limitations
 from lora_dpo.export.markdown import code, plain
-from lora_dpo.export.names import hub_dataset, last_part, sources_of
+from lora_dpo.export.names import hub_dataset, last_part, sources_of, without_tokens
 from lora_dpo.export.usage import usage
 from lora_dpo.losses import OBJECTIVES
 from lora_dpo.run_directory import write_text
@@ -70,7 +70,8 @@ def card(facts: Facts, picture: str | None = None) -> str:
         limitations(facts),
         _version(facts),
     ]
-    return f"---\n{head}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    text = f"---\n{head}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    return without_tokens(text)
 
 
 def front_matter(facts: Facts) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lora_dpo.export.facts import Facts, mapping_of, number_of, text_of
-from lora_dpo.export.markdown import bullets, code, details, table
+from lora_dpo.export.markdown import bullets, code, details, plain, table
 from lora_dpo.export.names import last_part, public_text
 
 NOT_FINITE = "not a number"
@@ -126,13 +126,13 @@ def proof(facts: Facts) -> str:
         copied = "The adapter's tensors are those of the training run. " if facts.kind == "adapter" else ""
         return "\n\n".join([*parts, f"{copied}This export was not compared with base + adapter."])
     parts += [_stored(facts, report), *_verdict(report)]
-    weights, pairs = mapping_of(report.get("weights")), mapping_of(report.get("pairs"))
-    if weights:
-        parts.append(_weights(weights))
-    if pairs:
-        parts += _pairs(pairs)
-    if report.get("bases"):
-        parts += _bases(report["bases"])
+    weights = mapping_of(report.get("weights"))
+    parts += [_weights(weights)] if weights else []
+    for key, name in (("pairs", "base + adapter"), ("stored", "the original base + adapter")):
+        pairs = mapping_of(report.get(key))
+        parts += _pairs(pairs, name) if pairs else []
+    parts += _bases(_list(report.get("bases")))
+    parts.append(bullets([plain(public_text(str(note))) for note in _list(report.get("notes"))]))
     return "\n\n".join(part for part in parts if part)
 
 
@@ -157,16 +157,20 @@ def _stored(facts: Facts, report: Mapping[str, Any]) -> str:
 def _verdict(report: Mapping[str, Any]) -> list[str]:
     """Whether the bars were met, in words."""
     bars = [f"{code(name)} {short(value)}" for name, value in mapping_of(report.get("bars")).items()]
-    asked = f": {', '.join(bars)}" if bars else ""
-    failed = [code(public_text(str(reason))) for reason in _list(report.get("failed"))]
+    asked = f" ({', '.join(bars)})" if bars else ""
+    failed = [plain(public_text(str(reason))) for reason in _list(report.get("failed"))]
+    said = []
     if report.get("passed") is False or failed:
-        said = [f"**The export misses its bars**{asked}.", bullets(failed)]
+        said += [f"**The export misses its bars**{asked}:", bullets(failed)]
         if report.get("accepted") is True:
             said.append("It was written all the same, because its author accepted that (`--accept`).")
-        return said
-    if report.get("passed") is True:
-        return [f"The export meets its bars{asked}."]
-    return ["**Nothing could be compared** with base + adapter."]
+    elif report.get("passed") is True:
+        said.append(f"The export meets its bars{asked}.")
+    if report.get("pairs") is None:
+        why = text_of(report.get("not_compared"))
+        because = f": {plain(public_text(why))}" if why else ""
+        said.append(f"**Nothing could be compared** with base + adapter on held-out rows{because}.")
+    return said
 
 
 def _weights(weights: Mapping[str, Any]) -> str:
@@ -190,8 +194,8 @@ def _weights(weights: Mapping[str, Any]) -> str:
     return f"{said}\n\n{details(title, table(header, rows))}"
 
 
-def _pairs(pairs: Mapping[str, Any]) -> list[str]:
-    """Base + adapter beside what was exported, on held-out rows."""
+def _pairs(pairs: Mapping[str, Any], name: str) -> list[str]:
+    """What was trained beside what was exported, on held-out rows. name: of the former."""
     where = text_of(pairs.get("source"))
     on = f" of {code(public_text(last_part(where)))}" if where else ""
     count = ", ".join(
@@ -201,55 +205,63 @@ def _pairs(pairs: Mapping[str, Any]) -> list[str]:
     )
     arithmetic = text_of(pairs.get("arithmetic"))
     how = f", computed in {code(arithmetic)}" if arithmetic else ""
-    rows = [
-        (name, *(short(found[which]) for which in ("mean", "largest")))
-        for key, name in (
+    margin, accuracy = mapping_of(pairs.get("margin")), mapping_of(pairs.get("preference_accuracy"))
+    both = [
+        (title, with_interval(found.get("trained")), with_interval(found.get("exported")))
+        for title, found in (("preference accuracy", accuracy), ("margin, in nats, without β", margin))
+        if found
+    ]
+    rows = _differences(pairs, name)
+    parts = [f"Reloaded from disk and compared with {name} on held-out rows{on}: {count}{how}."]
+    parts += [table((f"export against {name}", "mean", "largest"), rows)] if rows else []
+    return parts + ([table(("mean [95% interval]", name, "as exported"), both)] if both else [])
+
+
+def _differences(pairs: Mapping[str, Any], name: str) -> list[Sequence[str]]:
+    """Rows of a table: what, mean, largest."""
+    rows: list[Sequence[str]] = [
+        (title, *(short(found[which]) for which in ("mean", "largest")))
+        for key, title in (
             ("logprob_difference", "log-probability of a token, absolute difference in nats"),
-            ("kl", "KL(base + adapter ‖ export) at a position, in nats"),
+            ("kl", f"KL({name} ‖ export) at a position, in nats"),
         )
         if (found := mapping_of(pairs.get(key))).keys() >= {"mean", "largest"}
     ]
+    moved = mapping_of(pairs.get("kl")).get("trained_from_base")
+    if moved is not None:
+        rows.append(("beside it KL(base + adapter ‖ base), as far as training moved it", short(moved), ""))
     if pairs.get("top1_agreement") is not None:
         rows.append(("same likeliest token, share of positions", short(pairs["top1_agreement"]), ""))
-    margin, accuracy = mapping_of(pairs.get("margin")), mapping_of(pairs.get("preference_accuracy"))
+    margin = mapping_of(pairs.get("margin"))
     if margin.get("kept") is not None:
-        kept = margin["kept"]
-        rows.append(("**margin kept**, share", f"**{_kept(kept)}**", ""))
-    both = [
-        (name, with_interval(found.get("trained")), with_interval(found.get("exported")))
-        for name, found in (("preference accuracy", accuracy), ("margin, in nats, without β", margin))
-        if found
-    ]
-    parts = [f"Reloaded from disk and compared on held-out rows{on}: {count}{how}."]
-    parts += [table(("export against base + adapter", "mean", "largest"), rows)] if rows else []
-    header = ("mean [95% interval]", "base + adapter, as trained", "as exported")
-    return parts + ([table(header, both)] if both else [])
+        ends = [number_of(mapping_of(margin.get("kept_interval")).get(end)) for end in ("low", "high")]
+        interval = "" if None in ends else f" [{short(ends[0])}, {short(ends[1])}]"
+        rows.append(("**margin kept**, share", f"**{short(margin['kept'])}**{interval}", ""))
+    return rows
 
 
-def _kept(value: Any) -> str:
-    """A share, with its interval where there is one."""
-    if not isinstance(value, Mapping):
-        return short(value)
-    low, high = (number_of(value.get(end)) for end in ("low", "high"))
-    return short(value.get("mean")) + ("" if low is None or high is None else f" [{low:.4g}, {high:.4g}]")
-
-
-def _bases(bases: Any) -> list[str]:
-    """The bases beside each other, for an export onto the original one."""
+def _bases(bases: Sequence[Any]) -> list[str]:
+    """The bases with the adapter beside each other, for an export onto the original one."""
     columns = {
-        "logps_chosen": "log-prob, chosen",
-        "logps_rejected": "log-prob, rejected",
+        "own_reference": "reference",
+        "logps_chosen": "log-prob a token, chosen",
+        "logps_rejected": "rejected",
         "preference_accuracy": "preference accuracy",
         "margin": "margin, without β",
+        "margin_over_quantized": "margin over the quantized base",
     }
-    rows = []
-    for base in _list(bases):
-        found = mapping_of(base)
-        reference = found.get("own_reference")
-        against = "itself" if reference is True else "the quantized base" if reference is False else ""
-        figures = (with_interval(found[key]) if found.get(key) is not None else "" for key in columns)
-        rows.append([code(found.get("name", "")), against or code(reference or ""), *figures])
-    return ["Both bases beside each other:", table(("model", "reference", *columns.values()), rows)]
+    found = [mapping_of(base) for base in bases]
+    shown = [key for key in columns if any(base.get(key) is not None for base in found)]
+    if not found:
+        return []
+    rows = [[code(base.get("name", "")), *(_cell(base.get(key)) for key in shown)] for base in found]
+    header = ("model", *(columns[key] for key in shown))
+    return ["Both bases with the adapter, beside each other:", table(header, rows)]
+
+
+def _cell(value: Any) -> str:
+    """A figure, with its interval where it has one, or words."""
+    return "" if value is None else code(value) if isinstance(value, str) else with_interval(value)
 
 
 def _list(value: Any) -> Sequence[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora_dpo.export.facts import Facts, mapping_of, number_of
-from lora_dpo.export.markdown import bullets
+from lora_dpo.export.markdown import bullets, code
 from lora_dpo.recipe import Recipe
 
 
@@ -86,6 +86,6 @@ def _other_base(facts: Facts) -> str:
     if facts.quantization == "none":
         return ""
     return (
-        f"The adapter was trained on the base in {facts.quantization}. On the base in 16 bits, or quantized"
-        " otherwise, it is another function, which was not measured here unless it says so above."
+        f"The adapter was trained on the base in {code(facts.quantization)}. On the base in 16 bits, or"
+        " quantized otherwise, it is another function, which was not measured here unless it says so above."
     )

@@ -24,8 +24,12 @@ def code(text: object) -> str:
 def plain(text: str) -> str:
     """Text on one line, as it is: what Markdown or HTML could read as more than itself becomes an entity."""
     line = printable(" ".join(text.split()))
-    harmless = " ,:+-" if "www." in line.lower() else " ,:+-."  # www.… would become a link
-    return "".join(c if c.isalnum() or c in harmless else f"&#{ord(c)};" for c in line)
+    line = re.sub(r"[\\`*_{}\[\]<>#|~&$!@]|:(?=//)|(?i:(?<=www))\.|^[-+=]", _entity, line)
+    return re.sub(r"^\d+[.)]", lambda match: match[0][:-1] + f"&#{ord(match[0][-1])};", line)
+
+
+def _entity(match: re.Match[str]) -> str:
+    return f"&#{ord(match[0])};"
 
 
 def printable(text: str) -> str:

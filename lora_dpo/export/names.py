@@ -15,8 +15,9 @@ _HUB_MODEL = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _HUB_DATASET = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(:[^:/\\]+){0,2}", re.ASCII)
 _DATA_FILE = re.compile(r"\.(json|jsonl|ndjson|parquet|csv|arrow)(\.gz)?$", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"([/~]|\\\\|[A-Za-z]:[\\/])[^\n]*")
-# A path with at least one folder, where no word, address or other path goes before it.
-_PATH_IN_TEXT = re.compile(r"(?<![\w:/.~\\<])(?:[A-Za-z]:(?=[\\/])|~)?(?:[\\/][^\s\\/'\"`,;()]+)+[\\/]?")
+_STEP = r"[\\/][^\s\\/'\"`,;()]+"
+# A path with a folder in it, where no word, address or other path goes before it.
+_PATH_IN_TEXT = re.compile(rf"(?<![\w:/.~\\<])(?:(?:[A-Za-z]:|~)(?:{_STEP})+|(?:{_STEP}){{2,}})[\\/]?")
 _TOKEN = re.compile(r"\b(hf|api_org)_[A-Za-z0-9]{16,}")
 
 

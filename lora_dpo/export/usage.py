@@ -186,9 +186,10 @@ def _vllm_adapter(facts: Facts) -> str:
 
 def _merged(facts: Facts) -> list[str]:
     place = quoted(_place(facts))
+    trust = ", trust_remote_code=True" if facts.base.trust_remote_code else ""
     load = (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained({place}, dtype="auto", device_map="auto")\n'
+        f'model = AutoModelForCausalLM.from_pretrained({place}, dtype="auto", device_map="auto"{trust})\n'
         f"tokenizer = AutoTokenizer.from_pretrained({place})\n{_ask(facts)}"
     ).rstrip()
     serve = f"vllm serve {shlex.quote(_place(facts))} --served-model-name {shlex.quote(short_name(facts))}"

@@ -1,7 +1,7 @@
-"""GGUF files through llama.cpp's own converters, run in llama.cpp, against transformers: top-1 and log-probs.
+"""GGUF files from llama.cpp's own converters, run in llama.cpp, against transformers: top-1, log-probs.
 
-Marked llama_cpp, and skipped unless LLAMA_CPP names a checkout of llama.cpp and LLAMA_CPP_PYTHON an interpreter
-with what its converters need and llama-cpp-python (both are in the source distribution of llama-cpp-python).
+Marked llama_cpp, and skipped unless LLAMA_CPP names a checkout of llama.cpp and LLAMA_CPP_PYTHON an
+interpreter with what its converters need and llama-cpp-python, whose source distribution has both.
 The tokenizers are real ones, from the vocabularies that llama.cpp's checkout brings.
 
     LLAMA_CPP=… LLAMA_CPP_PYTHON=… pytest tests/test_gguf_llama_cpp.py -n0 -s
@@ -37,9 +37,7 @@ gguf = pytest.importorskip("gguf", reason="takes the gguf package")
 CHECKOUT, PYTHON = os.environ.get("LLAMA_CPP", ""), os.environ.get("LLAMA_CPP_PYTHON", "")
 pytestmark = [
     pytest.mark.llama_cpp,
-    pytest.mark.skipif(
-        not (CHECKOUT and PYTHON), reason="LLAMA_CPP and LLAMA_CPP_PYTHON name what it runs in"
-    ),
+    pytest.mark.skipif(not (CHECKOUT and PYTHON), reason="LLAMA_CPP, LLAMA_CPP_PYTHON name it"),
     # PEFT remarks on what these tests do on purpose: an adapter on a tied base, a merge.
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
@@ -121,7 +119,7 @@ def make_case(folder: Path, network: Any, tokenizer: Any, **adapter: Any) -> Cas
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.05)
-    adapted.save_pretrained(str(folder / "adapter"))
+    adapted.save_pretrained(str(folder / "adapter"), save_embedding_layers=False)
     adapted.merge_and_unload().save_pretrained(merged)
     tokenizer.save_pretrained(merged)
     return Case(base, folder / "adapter", merged, Path(CHECKOUT))
@@ -133,12 +131,15 @@ def network_of(kind: str, rows: int) -> Any:
         # Like Llama 3's: grouped heads, scaled RoPE, a head of its own.
         rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
         rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 256}
-        config = llama_config(
-            vocab_size=rows, rope_parameters=rope, initializer_range=0.2, bos_token_id=128000
-        )
-        config.eos_token_id = 128009
+        config = llama_config(vocab_size=rows, rope_parameters=rope, initializer_range=0.2)
+        config.eos_token_id, config.bos_token_id = 128009, 128000
         return build(config)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = Qwen2Config(
         vocab_size=rows, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2, **sizes
     )

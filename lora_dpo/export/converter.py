@@ -48,7 +48,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def find_converter(llama_cpp: Path | None, name: str) -> Path | None:
-    """One of llama.cpp's scripts: in the folder given, else in the one that $LLAMA_CPP names, else on the PATH.
+    """One of llama.cpp's scripts: in the folder given, else in the one $LLAMA_CPP names, else on the PATH.
 
     llama_cpp: a checkout, or any folder in which the script lies, or a script in it. None: it was found
     nowhere. Raises RunError where a folder is named and the script isn't in it.
@@ -88,7 +88,7 @@ def not_found(name: str, line: str) -> ModelError:
         f"  git clone --depth 1 {SOURCE}\n"
         "  pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt\n"
         f"  {line}\n"
-        "The second line may bring other versions of torch and transformers: give it an environment of its own"
+        "The second line may bring another torch and transformers: give it an environment of its own"
     )
 
 
@@ -181,7 +181,7 @@ def _failure(name: str, python: str, status: int, lines: Sequence[str]) -> str:
     elif "pre-tokenizer was not recognized" in text:
         advice = (
             "\nllama.cpp knows tokenizers by a fingerprint, and this one's isn't among them: one made from"
-            " scratch, a model newer than this llama.cpp, or tokens that were added. A newer llama.cpp may know"
+            " scratch, a model newer than this llama.cpp, or tokens that were added. A newer one may know"
             " it; otherwise its get_vocab_base_pre() needs a line for it (see convert_hf_to_gguf_update.py)"
         )
     elif "not supported" in text:

@@ -1,7 +1,8 @@
 """GGUF, for llama.cpp and what is built on it: llama.cpp's own converters, and a look at what they wrote.
 
 A whole model is converted from a merged folder; an adapter from its folder in PEFT's layout, for whoever
-serves it on a base of his own. There is no converter here: where llama.cpp's is missing, the commands are said.
+serves it on a base of his own. There is no converter here: where llama.cpp's is missing, the commands
+are said.
 """
 
 from __future__ import annotations
@@ -153,9 +154,9 @@ def gguf_adapter_command(adapter: Path, base: Base, to_file: Path, converter: Pa
 
 def _served_on(base: Base) -> str:
     return (
-        f"serve it on a GGUF of {base.model}: llama-server -m BASE.gguf --lora FILE. It was trained on that base"
-        f" as it was quantized here ({base.quantization}); on one quantized otherwise it is another function"
-        " (--to gguf merges it with the base that it was trained on)"
+        f"serve it on a GGUF of {base.model}: llama-server -m BASE.gguf --lora FILE. It was trained on that"
+        f" base as it was quantized here ({base.quantization}); on one quantized otherwise it is another"
+        " function (--to gguf merges it with the base that it was trained on)"
     )
 
 

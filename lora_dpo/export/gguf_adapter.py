@@ -29,7 +29,7 @@ _KINDS = {
     "lora_bias": "its factors have biases (lora_bias)",
     "layer_replication": "it repeats layers of the base (layer_replication)",
     "alora_invocation_tokens": "it is on for a part of the tokens only (alora_invocation_tokens)",
-    "fan_in_fan_out": "the base keeps its weights transposed (fan_in_fan_out), which the converter doesn't heed",
+    "fan_in_fan_out": "the base keeps its weights transposed (fan_in_fan_out), which is not heeded there",
 }
 
 
@@ -56,6 +56,10 @@ def check_convertible(
 def _unplaced(names: list[str], tied: bool) -> str | None:
     for name in names:
         module = module_of(name)
+        if name.endswith(".base_layer.weight"):
+            return (
+                f"it brings whole weights along ({name}; peft's save_embedding_layers=False leaves them out)"
+            )
         if module is None:
             return f"{name} is no factor of LoRA's"
         if ".experts." in name:
@@ -64,7 +68,7 @@ def _unplaced(names: list[str], tied: bool) -> str | None:
         if tied and last == "lm_head":
             return "it changes the head, which in a GGUF of this base is the embeddings' own tensor"
         if tied and ".lora_embedding_" in name:
-            # llama.cpp would multiply the head by those factors too, and stop there.
+            # llama.cpp would multiply the head by those factors too, and abort.
             return "it changes the embeddings, which in a GGUF of this base are the head's tensor too"
     return None
 
@@ -80,7 +84,7 @@ def module_of(name: str) -> str | None:
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
     """What a module's B A is multiplied with, as peft has it."""
     patterns = config.get("alpha_pattern") or {}
-    key = get_pattern_key(patterns.keys(), module)
+    key = get_pattern_key(list(patterns), module)
     alpha = patterns.get(key, config["lora_alpha"])
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 

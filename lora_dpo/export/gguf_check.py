@@ -115,8 +115,8 @@ def _check_tensors(
     names = known_names(file.architecture, file.layers or _layers(sources))
     if names is None:
         check.findings.append(
-            f"the gguf package here doesn't know the architecture {file.architecture!r}, so that no tensor was"
-            " compared: a newer one may"
+            f"the gguf package here doesn't know the architecture {file.architecture!r}: nothing was compared"
+            " (a newer one may know it)"
         )
         return
     query_heads, key_heads = heads or (

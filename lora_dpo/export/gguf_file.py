@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,11 @@ from torch import Tensor
 from lora_dpo.errors import ModelError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def package() -> Any:
+    """The `gguf` package, an extra: of no type, so that what is here is checked without it too."""
+    return importlib.import_module("gguf")
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,8 @@ class GgufFile:
     @staticmethod
     def open(file: Path) -> GgufFile:
         """Raises ModelError for what is no whole GGUF file, or holds dtypes that aren't asked for here."""
-        import gguf
-
         try:
-            reader = gguf.GGUFReader(file)
+            reader = package().GGUFReader(file)
             tensors = {}
             for tensor in reader.tensors:
                 kind = tensor.tensor_type.name

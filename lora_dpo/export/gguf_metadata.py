@@ -95,7 +95,7 @@ def _check_rope(check: Check, file: GgufFile, config: Any) -> None:
 
 
 def check_tokenizer(check: Check, file: GgufFile, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Add to the findings what differs from a tokenizer. rows: of the embeddings, which tokens may be short of."""
+    """Add to the findings what differs from a tokenizer. rows: of the embeddings."""
     tokens = file.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         check.findings.append("there is no vocabulary in the file")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_dpo.export.gguf_adapter import A_ENDINGS, module_of
+from lora_dpo.export.gguf_file import package
 
 ENDINGS = (".weight", ".bias")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
@@ -39,11 +40,10 @@ class Place:
 
 def known_names(architecture: str, layers: int) -> Any | None:
     """The package's table for an architecture; None where it has none."""
-    import gguf
-
-    for kind, name in gguf.MODEL_ARCH_NAMES.items():
+    tables = package()
+    for kind, name in tables.MODEL_ARCH_NAMES.items():
         if name == architecture:
-            return gguf.get_tensor_name_map(kind, layers)
+            return tables.get_tensor_name_map(kind, layers)
     return None
 
 

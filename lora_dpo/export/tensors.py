@@ -37,7 +37,7 @@ class Stored:
 
 
 def headers(folder: Path, pattern: str = "*.safetensors") -> dict[str, Stored]:
-    """Every tensor in a folder's safetensors files, by its name. Raises ModelError for files that are none."""
+    """Every tensor in a folder's safetensors files, by its name. Raises ModelError for what is none."""
     found: dict[str, Stored] = {}
     files = sorted(folder.glob(pattern))
     if not files:

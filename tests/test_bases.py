@@ -18,8 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, MixtralConfig
 from lora_dpo.batching import collate
 from lora_dpo.errors import ModelError
 from lora_dpo.evaluation import batch_logprobs
-from lora_dpo.export import export_merged, verify_merged
-from lora_dpo.finished import open_finished
+from lora_dpo.export import Options, export_merged, find_source
 from lora_dpo.losses import DPO
 from lora_dpo.model import Model, load_base, load_model
 from lora_dpo.model.base import unquantized_bytes
@@ -141,12 +140,15 @@ def test_a_run_on_a_quantized_checkpoint_trains_and_merges(quantized: dict[str, 
         training=Training(pairs_per_step=8, epochs=9, max_steps=6, learning_rate=1e-2),
         run_directory=str(tmp_path / "run"),
     )
-    run = open_finished(train(recipe, quiet=True).path)
-    folder = export_merged(run, tmp_path / "merged", dtype="float32")
+    source, folder = find_source(train(recipe, quiet=True).path), tmp_path / "merged"
+    report = export_merged(source, folder, Options(dtype="float32"))
     assert "quantization_config" not in json.loads((folder / "config.json").read_text())
-    gap = verify_merged(run, folder, dtype="float32")
-    assert gap is not None
-    assert gap.largest < 1e-3 < gap.update
+    assert report.passed
+    assert report.pairs is not None
+    assert report.pairs.found.largest_difference < 1e-4
+    assert (report.pairs.found.moved_kl or 0) > 1e-4, "the adapter did too little for this to test anything"
+    with pytest.raises(ModelError, match="--base original: .* is stored quantized"):
+        export_merged(source, tmp_path / "original", Options(base="original"))
 
 
 # ---- shards, folders, revisions

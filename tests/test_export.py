@@ -6,17 +6,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from builders import pair_rows
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from whole_merge import merged_weight
 
 from lora_dpo.batching import collate
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.evaluation import bootstrap
-from lora_dpo.export import export_adapter, export_merged, merged_weight, verify_merged
+from lora_dpo.export import Options, Source, export, export_adapter, export_merged, find_source
 from lora_dpo.finished import FinishedRun, evaluate_run, open_finished, side_by_side
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.model import load_base, without_dropout
@@ -68,21 +69,31 @@ def test_the_adapter_loads_in_plain_peft_and_gives_the_same_log_probs(finished: 
     assert (ours - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-3), ("bfloat16", 0.1)])
+@pytest.fixture(scope="module")
+def source(trained: RunDirectory) -> Source:
+    return find_source(trained.path)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_the_merged_model_reloaded_from_disk_behaves_as_base_and_adapter(
-    finished: FinishedRun, tmp_path: Path, dtype: str, bound: float
+    source: Source, finished: FinishedRun, tmp_path: Path, dtype: str, bound: float
 ):
-    folder = export_merged(finished, tmp_path / "merged", dtype=dtype)  # pyright: ignore
-    gap = verify_merged(finished, folder, dtype=dtype)  # pyright: ignore
-    assert gap is not None
-    assert gap.tokens == sum(int(mask.sum()) for item in finished.data.eval for mask in item.scored)
-    assert gap.largest < bound
-    assert gap.update > 20 * gap.mean, "the adapter did too little for this to test anything"
-    assert json.loads((folder / "export_report.json").read_text())["mean"] == gap.mean
+    report = export_merged(source, tmp_path / "merged", Options(dtype=dtype))  # pyright: ignore
+    assert report.passed
+    assert report.pairs is not None
+    found = report.pairs.found
+    assert found.tokens == sum(int(mask.sum()) for item in finished.data.eval for mask in item.scored)
+    assert found.largest_difference < bound
+    assert dtype != "float32" or found.top1 == 1
+    assert (found.moved_kl or 0) > 20 * found.kl, "the adapter did too little for this to test anything"
+    written = json.loads((tmp_path / "merged" / "export_report.json").read_text())
+    assert written["pairs"]["logprob_difference"]["mean"] == found.difference
+    assert written["weights"]["kept"] == pytest.approx(1, abs=0.05)
 
 
-def test_the_merged_model_loads_in_plain_transformers_without_lora_dpo(finished: FinishedRun, tmp_path: Path):
-    folder = export_merged(finished, tmp_path / "merged")
+def test_the_merged_model_loads_in_plain_transformers_without_lora_dpo(source: Source, tmp_path: Path):
+    folder = tmp_path / "merged"
+    export_merged(source, folder, Options(verify=False))
     config = json.loads((folder / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
@@ -102,20 +113,6 @@ def test_the_merged_model_loads_in_plain_transformers_without_lora_dpo(finished:
     assert done.stdout.strip() == "fine", done.stderr
 
 
-def test_every_tensor_of_the_base_is_in_the_merged_model(
-    finished: FinishedRun, small_model: Path, tmp_path: Path
-):
-    folder = export_merged(finished, tmp_path / "merged", dtype="float32")
-    original = AutoModelForCausalLM.from_pretrained(str(small_model), dtype=torch.float32)
-    merged = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-    assert original.state_dict().keys() == merged.state_dict().keys()
-    for name, tensor in merged.state_dict().items():
-        layer = finished.model.causal.get_submodule(name.removesuffix(".weight"))
-        expected = merged_weight(layer).float() if "_proj" in name else original.state_dict()[name]
-        assert torch.equal(tensor, expected), name
-    assert AutoTokenizer.from_pretrained(str(folder)).chat_template is not None
-
-
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", "none"])
 def test_a_merged_weight_is_what_the_layer_computes(small_model: Path, quantization: str):
     from builders import with_random_adapter
@@ -133,24 +130,77 @@ def test_a_merged_weight_is_what_the_layer_computes(small_model: Path, quantizat
         assert (made - expected).norm() / expected.norm() < (0.03 if quantization == "int8" else 1e-5)
 
 
-def test_a_weight_that_overflows_float16_is_refused(finished: FinishedRun, tmp_path: Path):
-    norm = finished.model.causal.model.norm.weight
-    kept = norm.detach().clone()
-    try:
-        norm.data[0] = 1e6
-        with pytest.raises(ModelError, match=r"norm.weight does not fit float16"):
-            export_merged(finished, tmp_path / "half", dtype="float16")
-    finally:
-        norm.data.copy_(kept)
-    assert not (tmp_path / "half").exists()
-
-
-def test_an_export_does_not_overwrite(finished: FinishedRun, tmp_path: Path):
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_an_export_does_not_overwrite(source: Source, tmp_path: Path, kind: Any):
     (tmp_path / "notes.txt").write_text("mine")
-    for export in (export_adapter, export_merged):
-        with pytest.raises(RunError, match="--output"):
-            export(finished.directory if export is export_adapter else finished, tmp_path)  # pyright: ignore
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+    with pytest.raises(RunError, match="--output"):
+        export(source, kind, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_what_misses_a_bar_is_not_exported_unless_it_is_accepted(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Every update doubled on its way to the files: as wrong as a merge that adds it twice."""
+    from lora_dpo.export import merging
+
+    rounded = merging._rounded
+    bent = lambda tensor, dtype, name: rounded(tensor * (1.02 if "_proj" in name else 1), dtype, name)  # noqa: E731
+    monkeypatch.setattr(merging, "_rounded", bent)
+    with pytest.raises(RunError, match=r"not exported: .*--accept"):
+        export_merged(source, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert json.loads((tmp_path / ".merged.part" / "export_report.json").read_text())["passed"] is False
+    report = export_merged(source, tmp_path / "merged", Options(accept=True))
+    assert report.accepted
+    assert json.loads((tmp_path / "merged" / "export_report.json").read_text())["accepted"] is True
+    assert (
+        "--accept" in (tmp_path / "merged" / "README.md").read_text()
+        or "accept" in (tmp_path / "merged" / "README.md").read_text()
+    )
+    left = {file.name for file in (tmp_path / "merged").iterdir()}
+    assert not {name for name in left if name.endswith((".part", ".kept.json")) or name == "merge.json"}
+
+
+def test_an_adapters_folder_is_exported_without_its_run(source: Source, tmp_path: Path, small_model: Path):
+    bare = tmp_path / "somebodys"
+    export_adapter(source, bare)
+    alone = find_source(bare)
+    assert alone.base.quantization == source.base.quantization
+    export_merged(alone, tmp_path / "a", Options(verify=False))
+    export_merged(source, tmp_path / "b", Options(verify=False))
+    same = "model.safetensors"
+    assert (tmp_path / "a" / same).read_bytes() == (tmp_path / "b" / same).read_bytes()
+    (bare / "trained_on.json").unlink()
+    config = json.loads((bare / "adapter_config.json").read_text())
+    (bare / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/where"}))
+    with pytest.raises(ModelError, match="'some/where' as its base.* --base-model"):
+        find_source(bare)
+    assert find_source(bare, base_model=str(small_model)).base.quantization == "none"
+
+
+def test_a_base_that_was_replaced_is_refused_with_both_hashes(
+    source: Source, tmp_path: Path, small_model: Path
+):
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in small_model.iterdir():
+        (other / file.name).write_bytes(file.read_bytes())
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert source.record is not None
+    with pytest.raises(ModelError, match=f"another base.*{source.record.content}"):
+        find_source(source.adapter, base_model=str(other))
+
+
+def test_neither_a_run_nor_an_adapter_is_refused(tmp_path: Path):
+    with pytest.raises(RunError, match="takes a run directory or an adapter's folder"):
+        find_source(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"there is no adapter_config\.json"):
+        find_source(tmp_path)
 
 
 def test_a_run_that_has_not_finished_has_nothing_to_export(tmp_path: Path, trained: RunDirectory):
@@ -240,7 +290,9 @@ def test_a_quantized_gpt2_merges_into_its_transposed_layers(tmp_path: Path):
         training=Training(pairs_per_step=8, epochs=9, max_steps=6, learning_rate=1e-2),
         run_directory=str(tmp_path / "run"),
     )
-    run = open_finished(train(recipe, quiet=True).path)
-    gap = verify_merged(run, export_merged(run, tmp_path / "merged", dtype="float32"), dtype="float32")
-    assert gap is not None
-    assert gap.largest < 1e-3 < gap.update
+    report = export_merged(
+        find_source(train(recipe, quiet=True).path), tmp_path / "merged", Options(dtype="float32")
+    )
+    assert report.pairs is not None
+    assert report.pairs.found.largest_difference < 1e-4
+    assert (report.pairs.found.moved_kl or 0) > 1e-4

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from lora_dpo.batching import collate
 from lora_dpo.errors import ModelError, PreflightError, RecipeError, RunError
 from lora_dpo.evaluation import batch_logprobs
-from lora_dpo.export import export_merged, verify_merged
+from lora_dpo.export import Options, export_merged, find_source
 from lora_dpo.finished import evaluate_run, open_finished, side_by_side
 from lora_dpo.losses import DPO
 from lora_dpo.model import (
@@ -735,7 +735,8 @@ def test_a_merged_model_behaves_as_base_and_adapter_did(
     base = save_small_model(tmp_path / "base", tie_word_embeddings=tied)
     start = save_adapter_by_peft(tmp_path / "start", base, **KINDS[kind])
     words = [f"base.model={base}", f"adapter.start_from={start}", "training.max_steps=2"]
-    run = open_finished(train(override(recipe, words), quiet=True).path)
-    gap = verify_merged(run, export_merged(run, tmp_path / "merged", dtype="float32"), dtype="float32")
-    assert gap is not None
-    assert gap.largest < 1e-3 < gap.update
+    source = find_source(train(override(recipe, words), quiet=True).path)
+    report = export_merged(source, tmp_path / "merged", Options(dtype="float32"))
+    assert report.pairs is not None
+    assert report.pairs.found.largest_difference < 1e-4
+    assert (report.pairs.found.moved_kl or 0) > 1e-4, "the adapter did too little for this to test anything"

@@ -190,6 +190,7 @@ def _in_folder(here: Callable[[], None], *names: str) -> None:
         return write_folder
 
     replace_everywhere("lora_dpo.run_directory", "write_folder", around)
+    replace_everywhere("lora_dpo.run_directory", "grow_folder", around)
 
 
 def _before(owner: Any, name: str, here: Callable[[], None]) -> None:

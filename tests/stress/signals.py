@@ -118,11 +118,12 @@ def export_faults(shop: Workshop, kind: str, number: int) -> list[str]:
     child.wait(SECONDS_TO_END)
     wrong = told(child, number)
     left = [p.name for p in run.directory.path.iterdir() if "export" in p.name]
-    wrong += [f"{name} was left" for name in left]
+    # What was merged so far waits in a hidden folder, and the second export takes it over.
+    wrong += [f"{name} was left" for name in left if kind == "adapter" or not name.startswith(".")]
     again = run.run(*words)
     if again.wait() != 0:
         wrong.append(f"the second export: {again.stderr}")
-    return wrong
+    return wrong + [f"{left} was left" for left in run.litter()]
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from lora_dpo import __version__
 from lora_dpo.export.card import PICTURE, write_card
 from lora_dpo.export.facts import Kind
 from lora_dpo.export.licence import front_matter
+from lora_dpo.export.markdown import fenced
 from lora_dpo.finished import evaluate_run, open_finished
 from lora_dpo.losses import DPO, IPO, KTO, LDDPO, ORPO, SFT, DiscoPOP, Sum
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Training, from_dict
@@ -674,6 +675,24 @@ def test_no_cell_of_a_table_splits_at_anybodys_bar(tmp_path: Path):
     shown = page(written(tmp_path / "out", hostile_source(tmp_path), hostile_report(), "merged"))
     assert set(shown.rows) <= {2, 3, 4, 5}
     assert "x</code><script>alert(1)</script>|a|`` ```" in " ".join(shown.text.split())
+
+
+def test_a_fence_inside_the_recipe_ends_nothing(tmp_path: Path):
+    template = "{{ a }}\n```\n</details>\n# heading\n````\n"
+    data = Data("org/pairs", chat_template=template)
+    card = written(tmp_path / "out", of_the_hub(tmp_path, hub_recipe(data=data)), None, "adapter")
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.split("\n---\n", 1)[1])
+    recipe = next(token.content for token in tokens if token.type == "fence" and token.info == "yaml")
+    values = yaml.safe_load(recipe)
+    assert values["data"]["chat_template"] == template
+    assert values["run_directory"] == "latest", "of runs/latest"
+
+
+@pytest.mark.parametrize("text", ["```", "a\n````\nb\n```\nc", "~~~\n</details>", "`", ""])
+def test_a_block_of_code_ends_where_it_ends(text: str):
+    tokens = MarkdownIt("commonmark").parse(f"{fenced(text)}\nafter")
+    assert [token.type for token in tokens] == ["fence", "paragraph_open", "inline", "paragraph_close"]
+    assert tokens[0].content == f"{text}\n"
 
 
 def test_shell_commands_hold_hostile_names_as_single_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

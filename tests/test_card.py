@@ -588,7 +588,12 @@ def test_an_objective_of_the_users_own_is_named_and_no_more(tmp_path: Path):
 
 
 def test_an_adapter_that_servers_would_misread_gets_no_command_for_them(tmp_path: Path):
-    changes = {"use_dora": True, "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 8}}
+    changes = {
+        "use_dora": True,
+        "modules_to_save": ["lm_head"],
+        "rank_pattern": {"q_proj": 8},
+        "target_modules": ["q_proj", "lm_head"],
+    }
     for key, value in changes.items():
         card = written(tmp_path / "out", of_the_hub(tmp_path, **{key: value}), None, "adapter")
         assert "vllm serve" not in card and "convert_lora_to_gguf" not in card and "ollama create" not in card
@@ -604,6 +609,17 @@ def test_a_rank_above_vllms_default_is_given_as_a_flag(tmp_path: Path, rank: int
     assert ("--max-lora-rank" in line) == (flag is not None)
     assert flag is None or f"--max-lora-rank {flag}" in line
     assert f"--revision {COMMIT}" in line
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_chat_template_of_the_runs_own_is_given_to_servers(tmp_path: Path, own: bool):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "chat_template.jinja").write_text("{{ messages }}")
+    data = Data("org/pairs", chat_template="{{ messages }}" if own else None)
+    card = written(tmp_path / "out", of_the_hub(tmp_path, hub_recipe(data=data)), None, "adapter")
+    lines = [line for block in blocks(card, "bash") for line in block.splitlines()]
+    given = [line for line in lines if "chat_template.jinja" in line]
+    assert [line.split()[0] for line in given] == (["vllm", "llama-cli"] if own else [])
 
 
 def test_a_repository_takes_the_folders_place_where_it_will_be_pushed(tmp_path: Path):

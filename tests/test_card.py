@@ -24,6 +24,7 @@ from lora_dpo import __version__
 from lora_dpo.export.card import PICTURE, write_card
 from lora_dpo.export.facts import Kind
 from lora_dpo.export.licence import front_matter
+from lora_dpo.export.markdown import fenced
 from lora_dpo.finished import evaluate_run, open_finished
 from lora_dpo.losses import DPO, IPO, KTO, LDDPO, ORPO, SFT, DiscoPOP, Sum
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Training, from_dict
@@ -587,7 +588,12 @@ def test_an_objective_of_the_users_own_is_named_and_no_more(tmp_path: Path):
 
 
 def test_an_adapter_that_servers_would_misread_gets_no_command_for_them(tmp_path: Path):
-    changes = {"use_dora": True, "modules_to_save": ["lm_head"], "rank_pattern": {"q_proj": 8}}
+    changes = {
+        "use_dora": True,
+        "modules_to_save": ["lm_head"],
+        "rank_pattern": {"q_proj": 8},
+        "target_modules": ["q_proj", "lm_head"],
+    }
     for key, value in changes.items():
         card = written(tmp_path / "out", of_the_hub(tmp_path, **{key: value}), None, "adapter")
         assert "vllm serve" not in card and "convert_lora_to_gguf" not in card and "ollama create" not in card
@@ -603,6 +609,17 @@ def test_a_rank_above_vllms_default_is_given_as_a_flag(tmp_path: Path, rank: int
     assert ("--max-lora-rank" in line) == (flag is not None)
     assert flag is None or f"--max-lora-rank {flag}" in line
     assert f"--revision {COMMIT}" in line
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_chat_template_of_the_runs_own_is_given_to_servers(tmp_path: Path, own: bool):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "chat_template.jinja").write_text("{{ messages }}")
+    data = Data("org/pairs", chat_template="{{ messages }}" if own else None)
+    card = written(tmp_path / "out", of_the_hub(tmp_path, hub_recipe(data=data)), None, "adapter")
+    lines = [line for block in blocks(card, "bash") for line in block.splitlines()]
+    given = [line for line in lines if "chat_template.jinja" in line]
+    assert [line.split()[0] for line in given] == (["vllm", "llama-cli"] if own else [])
 
 
 def test_a_repository_takes_the_folders_place_where_it_will_be_pushed(tmp_path: Path):
@@ -674,6 +691,24 @@ def test_no_cell_of_a_table_splits_at_anybodys_bar(tmp_path: Path):
     shown = page(written(tmp_path / "out", hostile_source(tmp_path), hostile_report(), "merged"))
     assert set(shown.rows) <= {2, 3, 4, 5}
     assert "x</code><script>alert(1)</script>|a|`` ```" in " ".join(shown.text.split())
+
+
+def test_a_fence_inside_the_recipe_ends_nothing(tmp_path: Path):
+    template = "{{ a }}\n```\n</details>\n# heading\n````\n"
+    data = Data("org/pairs", chat_template=template)
+    card = written(tmp_path / "out", of_the_hub(tmp_path, hub_recipe(data=data)), None, "adapter")
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(card.split("\n---\n", 1)[1])
+    recipe = next(token.content for token in tokens if token.type == "fence" and token.info == "yaml")
+    values = yaml.safe_load(recipe)
+    assert values["data"]["chat_template"] == template
+    assert values["run_directory"] == "latest", "of runs/latest"
+
+
+@pytest.mark.parametrize("text", ["```", "a\n````\nb\n```\nc", "~~~\n</details>", "`", ""])
+def test_a_block_of_code_ends_where_it_ends(text: str):
+    tokens = MarkdownIt("commonmark").parse(f"{fenced(text)}\nafter")
+    assert [token.type for token in tokens] == ["fence", "paragraph_open", "inline", "paragraph_close"]
+    assert tokens[0].content == f"{text}\n"
 
 
 def test_shell_commands_hold_hostile_names_as_single_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,7 +14,9 @@ from lora_dpo.export.names import last_part
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What --max-lora-rank takes."""
+TEMPLATE = "chat_template.jinja"
 PLACE_OF_BASE = "path/to/the/base"
+BASE_GGUF = "# base.gguf: the base, converted to GGUF"
 ASK = """
 messages = [{"role": "user", "content": "Hello"}]
 inputs = tokenizer.apply_chat_template(
@@ -61,19 +63,24 @@ def _adapter(facts: Facts) -> list[str]:
     plain = not_plain(facts.adapter)
     parts = ["**transformers and PEFT**", fenced(_peft(facts), "python")]
     if plain:
-        elsewhere = "`lora-dpo export RUN --to merged` makes a model that they take"
-        return [*parts, f"vLLM, llama.cpp and Ollama take plain LoRA, and this adapter {plain}: {elsewhere}."]
+        elsewhere = "`lora-dpo export RUN --to merged` makes a model that all take"
+        return [
+            *parts,
+            f"This adapter {plain}, which vLLM, llama.cpp and Ollama refuse or compute otherwise, some for"
+            f" some architectures only: {elsewhere}.",
+        ]
     parts += ["**vLLM**", fenced(_vllm_adapter(facts), "bash")]
     unscaled = facts.adapter.get("use_rslora") is True
     if unscaled:
         return [
             *parts,
-            "llama.cpp's converter doesn't know rsLoRA's scaling: export with `--to gguf` instead.",
+            "llama.cpp's converter leaves rsLoRA's scaling out: export with `--to gguf-adapter` instead.",
         ]
+    template = [option] if (option := _own_template(facts, "--jinja --chat-template-file")) else []
     convert = [
         f"python llama.cpp/convert_lora_to_gguf.py . {_base_option(facts)} --outtype f32"
         " --outfile adapter.gguf",
-        "llama-cli -m base.gguf --lora adapter.gguf # base.gguf: the base, converted to GGUF",
+        " ".join(["llama-cli -m base.gguf --lora adapter.gguf", *template, BASE_GGUF]),
     ]
     return [
         *parts,
@@ -95,8 +102,12 @@ def not_plain(adapter: Mapping[str, Any]) -> str | None:
         "target_parameters": "changes experts",
         "rank_pattern": "has several ranks",
         "alpha_pattern": "has several alphas",
+        "fan_in_fan_out": "sits on transposed weights",
     }
     found = [said for key, said in kinds.items() if adapter.get(key)]
+    targets = adapter.get("target_modules")
+    if isinstance(targets, list) and {"lm_head", "embed_tokens", "wte"} & {str(name) for name in targets}:
+        found.append("changes embeddings or head")
     return " and ".join(found) or None
 
 
@@ -136,7 +147,7 @@ def _peft(facts: Facts) -> str:
     kind = facts.quantization
     compute = text_of(facts.trained_on.get("compute_dtype")) or facts.base.compute_dtype
     compute = "bfloat16" if compute == "auto" else compute
-    double = facts.trained_on.get("double_quantization", facts.base.double_quantization) is True
+    double = _double(facts)
     quantization = {
         "int8": "BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)",
         "none": "None",
@@ -161,9 +172,19 @@ def _peft(facts: Facts) -> str:
     ).rstrip()
 
 
+def _double(facts: Facts) -> bool:
+    return facts.trained_on.get("double_quantization", facts.base.double_quantization) is True
+
+
+def _own_template(facts: Facts, option: str) -> str:
+    """How a server is given the chat template, where training had another than the base's."""
+    own = facts.recipe is not None and facts.recipe.data.chat_template is not None
+    return f"{option} {TEMPLATE}" if own and (facts.folder / TEMPLATE).is_file() else ""
+
+
 def _ask(facts: Facts) -> str:
     """A first question, by the chat template where there is one."""
-    names = ("chat_template.jinja", "chat_template.json")
+    names = (TEMPLATE, "chat_template.json")
     chats = any((facts.folder / name).is_file() for name in names)
     config = facts.folder / "tokenizer_config.json"
     chats = chats or (config.is_file() and '"chat_template"' in config.read_text(encoding="utf-8"))
@@ -176,10 +197,11 @@ def _vllm_adapter(facts: Facts) -> str:
     words = ["vllm", "serve", shlex.quote(_base_reference(facts))]
     if (revision := _revision(facts)) is not None:
         words += ["--revision", shlex.quote(revision)]
-    if facts.quantization == "nf4":
-        words.append("--quantization bitsandbytes")  # the base as it was while training
+    if facts.quantization == "nf4" and _double(facts):  # what vLLM makes of a 16-bit base
+        words.append("--quantization bitsandbytes")
     words += ["--enable-lora", f"--max-lora-rank {needed}" if needed > 16 else ""]
     words.append(f"--lora-modules {shlex.quote(f'{short_name(facts)}={_place(facts)}')}")
+    words.append(_own_template(facts, "--chat-template"))
     words.append("--trust-remote-code" if facts.base.trust_remote_code else "")
     return " ".join(word for word in words if word)
 
@@ -223,7 +245,7 @@ def _gguf(facts: Facts) -> list[str]:
 
 def _gguf_adapter(facts: Facts) -> list[str]:
     file = _gguf_files(facts, "adapter.gguf")
-    run = f"llama-cli -m base.gguf --lora {shlex.quote(f'./{file}')} # base.gguf: the base, converted to GGUF"
+    run = f"llama-cli -m base.gguf --lora {shlex.quote(f'./{file}')} {BASE_GGUF}"
     return [
         "**llama.cpp**",
         fenced(run, "bash"),

@@ -120,11 +120,11 @@ def weight_files(base: Base) -> list[Path]:
 
     Raises ModelError where they are not there: of a hub id, those not in the local cache.
     """
-    config = _file(base, "config.json")
+    config = base_file(base, "config.json")
     named = read_json(config, "base.model").get("transformers_weights") if config else None
     names = [named] if isinstance(named, str) else [SAFE_WEIGHTS_NAME, INDEX]
     for name in names:
-        found = _file(base, name)
+        found = base_file(base, name)
         if found is not None:
             return _shards(base, found) if name.endswith(".json") else [found]
     raise ModelError(f"base.model {base.model}: there is no {names[0]} in its folder, or in the local cache")
@@ -138,15 +138,15 @@ def _shards(base: Base, index: Path) -> list[Path]:
         or not all(isinstance(name, str) and PLAIN_WEIGHTS.fullmatch(name) for name in names.values())
     ):
         raise ModelError(f"base.model: {index} names no .safetensors files beside it")
-    found = {name: _file(base, name) for name in sorted(set(names.values()))}
+    found = {name: base_file(base, name) for name in sorted(set(names.values()))}
     missing = [name for name, file in found.items() if file is None]
     if missing:
         raise ModelError(f"base.model {base.model}: {missing[0]}, which {index} names, is missing")
     return [file for file in found.values() if file is not None]
 
 
-def _file(base: Base, name: str) -> Path | None:
-    """A file of the base: in its folder, or in the hub's local cache."""
+def base_file(base: Base, name: str) -> Path | None:
+    """A file of the base, in its folder or in the hub's local cache; None where it isn't there."""
     try:
         folder = Path(base.model).expanduser()
         if folder.is_dir():

@@ -14,7 +14,7 @@ import bitsandbytes.functional as quantized
 import numpy as np
 import pytest
 import torch
-from builders import SHARED, pair_rows
+from builders import SHARED, pair_rows, random_branches
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -207,10 +207,13 @@ def test_a_damaged_export_misses_the_bars(
     folder = tmp_path / "damaged"
     shutil.copytree(exact, folder)
     tensors = load_file(folder / "model.safetensors")
-    update = {
-        f"{name}.weight": tensors[f"{name}.weight"] - dequantized(layer.get_base_layer()).float()
+    layers: dict[str, Any] = {
+        f"{name}.weight": layer
         for name, layer in finished.model.causal.named_modules()
         if layer in finished.model.adapter_layers
+    }
+    update = {
+        name: tensors[name] - dequantized(layer.get_base_layer()).float() for name, layer in layers.items()
     }
     assert len(update) == 14 and all(tensor.norm() > 0 for tensor in update.values())
     damage(tensors, update)
@@ -387,7 +390,8 @@ def test_in_float32_arithmetic_every_adapter_is_its_float32_merge(
 
 def test_what_a_model_says_does_not_depend_on_the_micro_batches(finished: FinishedRun):
     model = in_float32(open_finished(finished.directory.path).model)
-    items = finished.data.eval
+    rng = np.random.default_rng(0)  # of growing size: they are packed longest first
+    items = [random_branches(rng, 5 + n, [3 + n, 9 - n // 2], row=n + 1) for n in range(6)]
     one = listen(model, items, positions=20, tokens_per_microbatch=10_000)
     other = listen(model, items, positions=20, tokens_per_microbatch=1)
     assert torch.equal(one.positions, other.positions) and len(one.positions) == 20

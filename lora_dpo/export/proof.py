@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 from lora_dpo.errors import DataError, ModelError, RunError
 from lora_dpo.evaluation import bootstrap
-from lora_dpo.export.arithmetic import NoRoom, Plan, in_float32, plan
+from lora_dpo.export.arithmetic import NoRoom, Plan, device_of, in_float32, plan
 from lora_dpo.export.comparing import accuracy_of, compare, margins_of
 from lora_dpo.export.report import Kind, OnBase, Pairs, Report, write_report
 from lora_dpo.export.said import Said, listen, positions_for, spread
@@ -23,9 +23,8 @@ from lora_dpo.model import (
     load_model,
     load_tokenizer,
     pick_compute_dtype,
-    pick_device,
 )
-from lora_dpo.out_of_memory import give_back_memory
+from lora_dpo.out_of_memory import give_back_memory, is_out_of_memory
 from lora_dpo.recipe import Base, Data, Recipe
 from lora_dpo.tokenization import Branches
 from lora_dpo.training import Display, prepare_held_out
@@ -72,12 +71,11 @@ class Hearing:
     progress: Callable[[int], None]
     say: Callable[[str], None]
 
-    def of(self, model: Model, *, whole: bool = True) -> Said:
-        """whole: keep whole distributions too."""
+    def of(self, model: Model) -> Said:
         return listen(
             model,
             self.rows.examples,
-            positions=positions_for(vocabulary(model)) if whole else 0,
+            positions=positions_for(vocabulary(model)),
             tokens_per_microbatch=self.tokens_per_microbatch,
             progress=self.progress,
             say=self.say,
@@ -109,16 +107,15 @@ def prove(
     ModelError where the export can't be loaded.
     """
     display = display or Display(quiet=True)
+    give_back_memory()  # what a merge kept for reuse is free too
     report = Report(kind, dtype, base, weights, accept=accept)
     rows = _rows(source, kind, data, examples, display)
     made = plan_of(source, folder, kind, dtype, rows) if isinstance(rows, Rows) else rows
     if isinstance(rows, str) or not isinstance(made, Plan):
         report = replace(report, not_compared=made if isinstance(made, str) else made.said)
     else:
-        if made.said:
-            report = replace(report, notes=(made.said,))
         kept = [rows.examples[n] for n in spread(made.examples, len(rows.examples))]
-        report = _compared(report, source, folder, replace(rows, examples=kept), made, display)
+        report = _compared_if_it_fits(report, source, folder, replace(rows, examples=kept), made, display)
     write_report(report, folder)
     return report
 
@@ -164,7 +161,7 @@ def held_out(source: Trained, data: str | None, display: Display) -> Rows:
 def plan_of(source: Trained, folder: Path, kind: Kind, dtype: str, rows: Rows) -> Plan | NoRoom:
     """Where and in what arithmetic to compare."""
     if kind == "adapter":  # the same base twice: nothing that rounding could hide
-        return Plan(pick_device(source.base).type, compute_dtype(source), len(rows.examples))
+        return Plan(device_of(source.base).type, compute_dtype(source), len(rows.examples))
     return plan(folder, source.base, dtype, [item.tokens for item in rows.examples])
 
 
@@ -173,8 +170,22 @@ def compute_dtype(source: Trained) -> str:
     if source.base.compute_dtype != "auto":
         return source.base.compute_dtype
     recorded = getattr(source.record, "compute_dtype", None)
-    found = pick_compute_dtype(source.base, pick_device(source.base))
+    found = pick_compute_dtype(source.base, device_of(source.base))
     return recorded or str(found).removeprefix("torch.")
+
+
+def _compared_if_it_fits(
+    report: Report, source: Trained, folder: Path, rows: Rows, made: Plan, display: Display
+) -> Report:
+    """What memory is there was looked up before; somebody else may have taken it since."""
+    try:
+        return _compared(report, source, folder, rows, made, display)
+    except RunError as error:  # a single example does not fit
+        return replace(report, not_compared=str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return replace(report, not_compared=f"memory ran out: {error}")
 
 
 def _compared(
@@ -198,8 +209,8 @@ def _compared(
             exported = _exported(hearing, report.kind, quantized, folder)
         found = compare(trained, base, exported, rows.examples, rows.records)
         full = made.arithmetic == "float32"
-        exact = full and not _rounds_inputs(quantized)
-        report = replace(report, pairs=Pairs(rows.source, made.arithmetic, found, exact))
+        exact = report.kind == "adapter" or (full and not _rounds_inputs(quantized))
+        report = replace(report, pairs=Pairs(rows.source, _arithmetic(made, quantized), found, exact))
         if report.base == "original":
             plain = replace(quantized, quantization="none", compute_dtype=made.arithmetic)  # pyright: ignore
             with _freed():
@@ -208,7 +219,13 @@ def _compared(
             sides = _side_by_side(rows, trained, base, exported, original)
             kept = Pairs(rows.source, made.arithmetic, stored, full)
             report = replace(report, stored=kept, bases=sides)
-    return replace(report, notes=(*report.notes, *_notes(report, quantized, made)))
+    return replace(report, notes=_notes(report, quantized, made))
+
+
+def _arithmetic(made: Plan, base: Base) -> str:
+    """Where float32 doesn't fit, base + adapter compute as they were trained."""
+    names = ["float32"] if made.arithmetic == "float32" else [base.compute_dtype, made.arithmetic]
+    return " against ".join(dict.fromkeys(names))
 
 
 def _rounds_inputs(base: Base) -> bool:
@@ -252,11 +269,13 @@ def _exported(hearing: Hearing, kind: Kind, base: Base, folder: Path) -> Said:
     return hearing.of(model)
 
 
-def _notes(report: Report, base: Base, made: Plan) -> list[str]:
-    if report.kind != "merged":
-        return []
-    rough = [ROUNDS.format(made.arithmetic)] if made.arithmetic != "float32" else []
-    return rough + ([INT8] if _rounds_inputs(base) else [])
+def _notes(report: Report, base: Base, made: Plan) -> tuple[str, ...]:
+    notes = [made.said] if made.said else []
+    if report.kind == "merged" and made.arithmetic != "float32":
+        notes.append(ROUNDS.format(made.arithmetic))
+    if report.kind == "merged" and _rounds_inputs(base):
+        notes.append(INT8)
+    return tuple(notes)
 
 
 def _side_by_side(

@@ -6,28 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from lora_dpo.errors import DataError, ModelError, RunError
+from lora_dpo.errors import ModelError, RunError
 from lora_dpo.evaluation import bootstrap
 from lora_dpo.export.arithmetic import NoRoom, Plan, device_of, in_float32, plan
 from lora_dpo.export.comparing import accuracy_of, compare, margins_of
 from lora_dpo.export.report import Kind, OnBase, Pairs, Report, write_report
+from lora_dpo.export.rows import Rows, Trained, rows_for
 from lora_dpo.export.said import Said, listen, positions_for, spread
 from lora_dpo.logprobs import vocabulary
-from lora_dpo.losses import DPO
-from lora_dpo.model import (
-    Model,
-    as_base,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    pick_compute_dtype,
-)
+from lora_dpo.model import Model, as_base, load_adapter, load_model, pick_compute_dtype
 from lora_dpo.out_of_memory import give_back_memory, is_out_of_memory
-from lora_dpo.recipe import Base, Data, Recipe
-from lora_dpo.tokenization import Branches
-from lora_dpo.training import Display, prepare_held_out
+from lora_dpo.recipe import Base
+from lora_dpo.training import Display
 
 EXAMPLES = 64
 """Held-out examples that are compared."""
@@ -37,28 +29,6 @@ ROUNDS = (
     "there was no room for float32 arithmetic: in {} a forward pass rounds about as much as small updates"
     " move, so that only coarse errors show"
 )
-
-
-class Trained(Protocol):
-    """What was exported: an adapter's folder, its base, and the run's recipe where it is a run's."""
-
-    @property
-    def adapter(self) -> Path: ...
-    @property
-    def base(self) -> Base: ...
-    @property
-    def recipe(self) -> Recipe | None: ...
-    @property
-    def record(self) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Held-out examples, what they were read as, and where they are from in words."""
-
-    examples: list[Branches]
-    records: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -109,7 +79,7 @@ def prove(
     display = display or Display(quiet=True)
     give_back_memory()  # what a merge kept for reuse is free too
     report = Report(kind, dtype, base, weights, accept=accept)
-    rows = _rows(source, kind, data, examples, display)
+    rows = rows_for(source, kind, data, examples, display)
     made = plan_of(source, folder, kind, dtype, rows) if isinstance(rows, Rows) else rows
     if isinstance(rows, str) or not isinstance(made, Plan):
         report = replace(report, not_compared=made if isinstance(made, str) else made.said)
@@ -118,44 +88,6 @@ def prove(
         report = _compared_if_it_fits(report, source, folder, replace(rows, examples=kept), made, display)
     write_report(report, folder)
     return report
-
-
-def _rows(source: Trained, kind: Kind, data: str | None, examples: int, display: Display) -> Rows | str:
-    """The examples to compare on; or why there are none, in words."""
-    if kind not in ("merged", "adapter"):
-        return f"{kind} files are not run here; their tensors are checked instead"
-    try:
-        rows = held_out(source, data, display)
-    except DataError as error:
-        if data is not None:
-            raise
-        return f"the run's held-out rows can't be read: {error} (--data FILE gives others)"
-    if not rows.examples:
-        if data is not None:
-            raise RunError(f"--data {data}: none of its rows can be compared on")
-        return "the run held out no rows: give some with --data FILE"
-    return replace(rows, examples=[rows.examples[n] for n in spread(examples, len(rows.examples))])
-
-
-def held_out(source: Trained, data: str | None, display: Display) -> Rows:
-    """The rows that a run held out, or those of a file; of a bare adapter without a file there are none.
-
-    Raises DataError naming file and row.
-    """
-    recipe, tokenizer = source.recipe, load_tokenizer(source.base)
-    if recipe is None:
-        if data is None:
-            return Rows([], "pairs", "")
-        template = source.adapter / "chat_template.jinja"
-        section = Data(data, chat_template=str(template) if template.is_file() else None)
-        recipe = Recipe(source.base, section, loss=DPO())
-    found = prepare_held_out(
-        recipe.data, recipe.loss, tokenizer, seed=recipe.training.seed, display=display, source=data
-    )
-    records, branches = recipe.loss.records, found.eval
-    if records == "ratings":
-        branches = [item.only([0]) for item in branches]  # the other side is another row's response
-    return Rows(branches, records, data if data is not None else "held out by the run")
 
 
 def plan_of(source: Trained, folder: Path, kind: Kind, dtype: str, rows: Rows) -> Plan | NoRoom:

@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import bitsandbytes.functional as quantized
 import numpy as np
 import pytest
 import torch
-from builders import SHARED, pair_rows
+from builders import SHARED, pair_rows, random_branches
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from lora_dpo.errors import DataError
 from lora_dpo.evaluation import Interval
-from lora_dpo.export import arithmetic, export_adapter, export_merged
+from lora_dpo.export import arithmetic, export_adapter, export_merged, proof
 from lora_dpo.export.arithmetic import NoRoom, Plan, in_float32, parameters_in, plan
 from lora_dpo.export.bars import EXACT, bars_for, missed
 from lora_dpo.export.comparing import Comparison, compare, margins_of, share_kept
@@ -207,10 +208,13 @@ def test_a_damaged_export_misses_the_bars(
     folder = tmp_path / "damaged"
     shutil.copytree(exact, folder)
     tensors = load_file(folder / "model.safetensors")
-    update = {
-        f"{name}.weight": tensors[f"{name}.weight"] - dequantized(layer.get_base_layer()).float()
+    layers: dict[str, Any] = {
+        f"{name}.weight": layer
         for name, layer in finished.model.causal.named_modules()
         if layer in finished.model.adapter_layers
+    }
+    update = {
+        name: tensors[name] - dequantized(layer.get_base_layer()).float() for name, layer in layers.items()
     }
     assert len(update) == 14 and all(tensor.norm() > 0 for tensor in update.values())
     damage(tensors, update)
@@ -321,7 +325,7 @@ def test_a_card_without_room_leaves_it_to_the_cpu_and_a_large_model_to_fewer_exa
     exact: Path, monkeypatch: pytest.MonkeyPatch
 ):
     base, tokens = Base("model", device="auto"), [100] * 64
-    monkeypatch.setattr(arithmetic, "pick_device", lambda base: torch.device("cuda"))
+    monkeypatch.setattr(arithmetic, "device_of", lambda base: torch.device("cuda"))
     parameters = parameters_in(exact)[0]
     free = {"cuda": 5 * parameters, "cpu": 5 * parameters}
     monkeypatch.setattr(arithmetic, "free_bytes", lambda kind: free[kind])
@@ -334,6 +338,30 @@ def test_a_card_without_room_leaves_it_to_the_cpu_and_a_large_model_to_fewer_exa
     free["cpu"] = parameters
     refused = plan(exact, base, "float32", tokens)
     assert isinstance(refused, NoRoom) and "the card" in refused.said and "the CPU" in refused.said
+
+
+def test_a_run_of_a_card_is_compared_where_there_is_none(
+    finished: FinishedRun, exact: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its compute dtype is the one on record, whatever this machine would take."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    source = source_of(finished)
+    card = dataclasses.replace(source.base, device="cuda", compute_dtype="auto")
+    recorded = dataclasses.replace(source, base=card, record=SimpleNamespace(compute_dtype="bfloat16"))
+    assert prove(recorded, exact, dtype="float32").passed is True
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_memory_that_runs_out_leaves_a_report_that_says_so(
+    finished: FinishedRun, exact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    def fails(*arguments: Any) -> Any:
+        raise error
+
+    shutil.copytree(exact, tmp_path / "merged")
+    monkeypatch.setattr(proof, "load_adapter", fails)
+    report = prove(source_of(finished), tmp_path / "merged", dtype="float32", weights=WHOLE)
+    assert report.passed is None and "memory ran out" in str(report.not_compared)
 
 
 def test_float32_arithmetic_keeps_the_weights_as_the_compute_dtype_rounds_them(small_model: Path):
@@ -387,7 +415,8 @@ def test_in_float32_arithmetic_every_adapter_is_its_float32_merge(
 
 def test_what_a_model_says_does_not_depend_on_the_micro_batches(finished: FinishedRun):
     model = in_float32(open_finished(finished.directory.path).model)
-    items = finished.data.eval
+    rng = np.random.default_rng(0)  # of growing size: they are packed longest first
+    items = [random_branches(rng, 5 + n, [3 + n, 9 - n // 2], row=n + 1) for n in range(6)]
     one = listen(model, items, positions=20, tokens_per_microbatch=10_000)
     other = listen(model, items, positions=20, tokens_per_microbatch=1)
     assert torch.equal(one.positions, other.positions) and len(one.positions) == 20

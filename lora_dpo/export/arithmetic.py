@@ -6,11 +6,10 @@ base + adapter compute the same products, and what differs is how the weights we
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +56,7 @@ def plan(folder: Path, base: Base, dtype: str, tokens: Sequence[int]) -> Plan | 
     """
     count, stored = parameters_in(folder)
     sizes = {"float32": 4 * count, dtype: stored}
-    free = {kind: free_bytes(kind) for kind in dict.fromkeys((pick_device(base).type, "cpu"))}
+    free = {kind: free_bytes(kind) for kind in dict.fromkeys((device_of(base).type, "cpu"))}
     for kind, room in free.items():
         for arithmetic, size in sizes.items():
             if SPARE * size <= room:
@@ -65,6 +64,11 @@ def plan(folder: Path, base: Base, dtype: str, tokens: Sequence[int]) -> Plan | 
     needed = SPARE * min(sizes.values())
     there = " and ".join(f"{_gb(room)} free on {_where(kind)}" for kind, room in free.items())
     return NoRoom(f"reloading the model takes {_gb(needed)} of memory; there are {there}")
+
+
+def device_of(base: Base) -> torch.device:
+    """The base's device; the CPU where a card was asked for that isn't here: an export needs none."""
+    return pick_device(base if torch.cuda.is_available() else replace(base, device="cpu"))
 
 
 def _with_examples(kind: str, arithmetic: str, parameters: int, tokens: Sequence[int]) -> Plan:
@@ -119,7 +123,7 @@ def in_float32(model: Model) -> Model:
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.dtype in (torch.bfloat16, torch.float16):
                 module._buffers[name] = buffer.float()
-    return dataclasses.replace(model, compute_dtype=torch.float32)
+    return replace(model, compute_dtype=torch.float32)
 
 
 def _is_quantized(module: nn.Module, name: str) -> bool:

@@ -6,29 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
-from lora_dpo.errors import DataError, ModelError, RunError
+from lora_dpo.errors import ModelError, RunError
 from lora_dpo.evaluation import bootstrap
-from lora_dpo.export.arithmetic import NoRoom, Plan, in_float32, plan
+from lora_dpo.export.arithmetic import NoRoom, Plan, device_of, in_float32, plan
 from lora_dpo.export.comparing import accuracy_of, compare, margins_of
 from lora_dpo.export.report import Kind, OnBase, Pairs, Report, write_report
+from lora_dpo.export.rows import Rows, Trained, rows_for
 from lora_dpo.export.said import Said, listen, positions_for, spread
 from lora_dpo.logprobs import vocabulary
-from lora_dpo.losses import DPO
-from lora_dpo.model import (
-    Model,
-    as_base,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    pick_compute_dtype,
-    pick_device,
-)
-from lora_dpo.out_of_memory import give_back_memory
-from lora_dpo.recipe import Base, Data, Recipe
-from lora_dpo.tokenization import Branches
-from lora_dpo.training import Display, prepare_held_out
+from lora_dpo.model import Model, as_base, load_adapter, load_model, pick_compute_dtype
+from lora_dpo.out_of_memory import give_back_memory, is_out_of_memory
+from lora_dpo.recipe import Base
+from lora_dpo.training import Display
 
 EXAMPLES = 64
 """Held-out examples that are compared."""
@@ -38,28 +29,6 @@ ROUNDS = (
     "there was no room for float32 arithmetic: in {} a forward pass rounds about as much as small updates"
     " move, so that only coarse errors show"
 )
-
-
-class Trained(Protocol):
-    """What was exported: an adapter's folder, its base, and the run's recipe where it is a run's."""
-
-    @property
-    def adapter(self) -> Path: ...
-    @property
-    def base(self) -> Base: ...
-    @property
-    def recipe(self) -> Recipe | None: ...
-    @property
-    def record(self) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Held-out examples, what they were read as, and where they are from in words."""
-
-    examples: list[Branches]
-    records: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -72,12 +41,11 @@ class Hearing:
     progress: Callable[[int], None]
     say: Callable[[str], None]
 
-    def of(self, model: Model, *, whole: bool = True) -> Said:
-        """whole: keep whole distributions too."""
+    def of(self, model: Model) -> Said:
         return listen(
             model,
             self.rows.examples,
-            positions=positions_for(vocabulary(model)) if whole else 0,
+            positions=positions_for(vocabulary(model)),
             tokens_per_microbatch=self.tokens_per_microbatch,
             progress=self.progress,
             say=self.say,
@@ -109,62 +77,23 @@ def prove(
     ModelError where the export can't be loaded.
     """
     display = display or Display(quiet=True)
+    give_back_memory()  # what a merge kept for reuse is free too
     report = Report(kind, dtype, base, weights, accept=accept)
-    rows = _rows(source, kind, data, examples, display)
+    rows = rows_for(source, kind, data, examples, display)
     made = plan_of(source, folder, kind, dtype, rows) if isinstance(rows, Rows) else rows
     if isinstance(rows, str) or not isinstance(made, Plan):
         report = replace(report, not_compared=made if isinstance(made, str) else made.said)
     else:
-        if made.said:
-            report = replace(report, notes=(made.said,))
         kept = [rows.examples[n] for n in spread(made.examples, len(rows.examples))]
-        report = _compared(report, source, folder, replace(rows, examples=kept), made, display)
+        report = _compared_if_it_fits(report, source, folder, replace(rows, examples=kept), made, display)
     write_report(report, folder)
     return report
-
-
-def _rows(source: Trained, kind: Kind, data: str | None, examples: int, display: Display) -> Rows | str:
-    """The examples to compare on; or why there are none, in words."""
-    if kind not in ("merged", "adapter"):
-        return f"{kind} files are not run here; their tensors are checked instead"
-    try:
-        rows = held_out(source, data, display)
-    except DataError as error:
-        if data is not None:
-            raise
-        return f"the run's held-out rows can't be read: {error} (--data FILE gives others)"
-    if not rows.examples:
-        if data is not None:
-            raise RunError(f"--data {data}: none of its rows can be compared on")
-        return "the run held out no rows: give some with --data FILE"
-    return replace(rows, examples=[rows.examples[n] for n in spread(examples, len(rows.examples))])
-
-
-def held_out(source: Trained, data: str | None, display: Display) -> Rows:
-    """The rows that a run held out, or those of a file; of a bare adapter without a file there are none.
-
-    Raises DataError naming file and row.
-    """
-    recipe, tokenizer = source.recipe, load_tokenizer(source.base)
-    if recipe is None:
-        if data is None:
-            return Rows([], "pairs", "")
-        template = source.adapter / "chat_template.jinja"
-        section = Data(data, chat_template=str(template) if template.is_file() else None)
-        recipe = Recipe(source.base, section, loss=DPO())
-    found = prepare_held_out(
-        recipe.data, recipe.loss, tokenizer, seed=recipe.training.seed, display=display, source=data
-    )
-    records, branches = recipe.loss.records, found.eval
-    if records == "ratings":
-        branches = [item.only([0]) for item in branches]  # the other side is another row's response
-    return Rows(branches, records, data if data is not None else "held out by the run")
 
 
 def plan_of(source: Trained, folder: Path, kind: Kind, dtype: str, rows: Rows) -> Plan | NoRoom:
     """Where and in what arithmetic to compare."""
     if kind == "adapter":  # the same base twice: nothing that rounding could hide
-        return Plan(pick_device(source.base).type, compute_dtype(source), len(rows.examples))
+        return Plan(device_of(source.base).type, compute_dtype(source), len(rows.examples))
     return plan(folder, source.base, dtype, [item.tokens for item in rows.examples])
 
 
@@ -173,8 +102,22 @@ def compute_dtype(source: Trained) -> str:
     if source.base.compute_dtype != "auto":
         return source.base.compute_dtype
     recorded = getattr(source.record, "compute_dtype", None)
-    found = pick_compute_dtype(source.base, pick_device(source.base))
+    found = pick_compute_dtype(source.base, device_of(source.base))
     return recorded or str(found).removeprefix("torch.")
+
+
+def _compared_if_it_fits(
+    report: Report, source: Trained, folder: Path, rows: Rows, made: Plan, display: Display
+) -> Report:
+    """What memory is there was looked up before; somebody else may have taken it since."""
+    try:
+        return _compared(report, source, folder, rows, made, display)
+    except RunError as error:  # a single example does not fit
+        return replace(report, not_compared=str(error))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return replace(report, not_compared=f"memory ran out: {error}")
 
 
 def _compared(
@@ -198,8 +141,8 @@ def _compared(
             exported = _exported(hearing, report.kind, quantized, folder)
         found = compare(trained, base, exported, rows.examples, rows.records)
         full = made.arithmetic == "float32"
-        exact = full and not _rounds_inputs(quantized)
-        report = replace(report, pairs=Pairs(rows.source, made.arithmetic, found, exact))
+        exact = report.kind == "adapter" or (full and not _rounds_inputs(quantized))
+        report = replace(report, pairs=Pairs(rows.source, _arithmetic(made, quantized), found, exact))
         if report.base == "original":
             plain = replace(quantized, quantization="none", compute_dtype=made.arithmetic)  # pyright: ignore
             with _freed():
@@ -208,7 +151,13 @@ def _compared(
             sides = _side_by_side(rows, trained, base, exported, original)
             kept = Pairs(rows.source, made.arithmetic, stored, full)
             report = replace(report, stored=kept, bases=sides)
-    return replace(report, notes=(*report.notes, *_notes(report, quantized, made)))
+    return replace(report, notes=_notes(report, quantized, made))
+
+
+def _arithmetic(made: Plan, base: Base) -> str:
+    """Where float32 doesn't fit, base + adapter compute as they were trained."""
+    names = ["float32"] if made.arithmetic == "float32" else [base.compute_dtype, made.arithmetic]
+    return " against ".join(dict.fromkeys(names))
 
 
 def _rounds_inputs(base: Base) -> bool:
@@ -252,11 +201,13 @@ def _exported(hearing: Hearing, kind: Kind, base: Base, folder: Path) -> Said:
     return hearing.of(model)
 
 
-def _notes(report: Report, base: Base, made: Plan) -> list[str]:
-    if report.kind != "merged":
-        return []
-    rough = [ROUNDS.format(made.arithmetic)] if made.arithmetic != "float32" else []
-    return rough + ([INT8] if _rounds_inputs(base) else [])
+def _notes(report: Report, base: Base, made: Plan) -> tuple[str, ...]:
+    notes = [made.said] if made.said else []
+    if report.kind == "merged" and made.arithmetic != "float32":
+        notes.append(ROUNDS.format(made.arithmetic))
+    if report.kind == "merged" and _rounds_inputs(base):
+        notes.append(INT8)
+    return tuple(notes)
 
 
 def _side_by_side(

@@ -1,8 +1,8 @@
 """Ollama's side of a Modelfile, as far as the tests need it: its parser, and the templates written for it.
 
 The parser goes by the rules of Ollama's parser/parser.go: a value ends at the first line break outside of
-quotes, and characters that aren't printable are lost. Of Go's templates only what is written here is understood;
-anything else is an error.
+quotes, and characters that aren't printable are lost. Of Go's templates only what is written here is
+understood; anything else is an error.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ from lora_dpo.export.tensors import Stored, headers
 ROWS = 2**24
 """About how many values are compared at a time."""
 
+KNOWN = frozenset({"llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma", "gemma2", "phi3", "olmo2"})
+"""GGUF's names of architectures of which every rearrangement is known here: other values are wrong ones."""
+
 UNUSED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Endings of tensors that models keep and no file needs: they are computed."""
 
@@ -136,8 +139,9 @@ def _check_tensors(
         if tensor is None:
             check.findings.append(f"{name} should be there as {place.name}, and is not")
             continue
-        turned = {"attn_q": query_heads, "attn_k": key_heads or query_heads}
-        _compare(check, name, source, tensor, place, turned if file.architecture == "llama" else {})
+        heads_of = {"attn_q": query_heads, "attn_k": key_heads or query_heads}
+        turned = heads_of.get(place.part) if file.architecture == "llama" and place.may_turn else None
+        _compare(check, source, tensor, place, heads=turned, known=file.architecture in KNOWN)
     check.made.extend(sorted(file.tensors.keys() - used))
 
 
@@ -147,31 +151,27 @@ def _layers(sources: Mapping[str, Stored]) -> int:
 
 
 def _compare(
-    check: Check,
-    name: str,
-    source: Stored,
-    tensor: GgufTensor,
-    place: Place,
-    turned: Mapping[str, int | None],
+    check: Check, source: Stored, tensor: GgufTensor, place: Place, *, heads: int | None, known: bool
 ) -> None:
+    """Add a tensor to the findings or to those that were compared. heads: whose rows may be turned."""
+    name = source.name
     shape = tensor.shape if place.expert is None else tensor.shape[1:]
     wanted = source.shape[::-1] if place.transposed else source.shape
-    flat = tuple(n for n in wanted if n != 1) or (1,)
+    flat = tuple(n for n in wanted if n != 1)
     if tuple(n for n in shape if n != 1) not in (flat, flat[::-1]):
         check.findings.append(f"{place.name} has the shape {list(shape)}, and {name} {list(wanted)}")
         return
     if not _is_finite(tensor, place):
         check.findings.append(f"{place.name} holds values that are not finite: {tensor.dtype} is too narrow")
         return
-    heads = turned.get(place.part)
-    for kind, change in _changes(heads if place.may_turn else None):
+    for kind, change in _changes(heads):
         if _is_equal(source, tensor, place, change):
             getattr(check, kind).append(name)
             return
-    if _same_values(source, tensor, place):
-        check.reordered.append(name)
-    elif place.plain:
+    if known:
         check.findings.append(f"{place.name} has other values than {name}")
+    elif _same_values(source, tensor, place):
+        check.reordered.append(name)
     else:
         check.shapes.append(name)
 

@@ -12,11 +12,6 @@ from lora_dpo.export.gguf_file import package
 ENDINGS = (".weight", ".bias")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
 
-PLAIN = frozenset(
-    {"token_embd", "output", "output_norm", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down"}
-)
-"""Parts whose values no converter of a Llama-like architecture changes: another value is an error."""
-
 
 @dataclass(frozen=True)
 class Place:
@@ -31,11 +26,6 @@ class Place:
     expert: int | None = None
     transposed: bool = False
     may_turn: bool = True
-
-    @property
-    def plain(self) -> bool:
-        """Whether no converter changes its values: then other values are wrong ones."""
-        return self.part in PLAIN or (not self.may_turn and not self.transposed)
 
 
 def known_names(architecture: str, layers: int) -> Any | None:

@@ -116,8 +116,13 @@ def export_command(
     ] = "dequantized",
     shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 2GB or 500MB.")] = "4GB",
     verify: Annotated[
-        bool, typer.Option(help="Reload a merged model and compare it with base + adapter.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Reload what was made and compare it with base + adapter. By default a merged model is.",
+            show_default=False,
+        ),
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Rows to compare on instead of the held-out ones.")] = None,
     examples: Annotated[int, typer.Option(min=1, help="How many of them.")] = 64,
     accept: Annotated[bool, typer.Option("--accept", help="Take what misses the bars.")] = False,
@@ -139,8 +144,8 @@ def export_command(
     """Export a run, or an adapter's folder, and prove what it kept.
 
     adapter: PEFT's layout, for PEFT, vLLM and others. merged: one plain transformers model. gguf: the merged
-    model for llama.cpp, by llama.cpp's own converter. gguf-adapter: the adapter alone for llama.cpp. ollama: a
-    merged model with a Modelfile.
+    model for llama.cpp, by llama.cpp's own converter. gguf-adapter: the adapter alone for llama.cpp.
+    ollama: a merged model with a Modelfile.
 
     A merged model is the function that was trained: the update is added to the weights that were trained on,
     in float32. It is reloaded and compared with base + adapter on held-out rows; where too little of the

@@ -147,7 +147,7 @@ def test_a_run_on_a_quantized_checkpoint_trains_and_merges(quantized: dict[str, 
     assert report.pairs is not None
     assert report.pairs.found.largest_difference < 1e-4
     assert (report.pairs.found.moved_kl or 0) > 1e-4, "the adapter did too little for this to test anything"
-    with pytest.raises(ModelError, match="--base original: .* is stored quantized"):
+    with pytest.raises(ModelError, match=r"--base original: .* is stored quantized"):
         export_merged(source, tmp_path / "original", Options(base="original"))
 
 

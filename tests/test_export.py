@@ -174,7 +174,7 @@ def test_an_adapters_folder_is_exported_without_its_run(source: Source, tmp_path
     (bare / "trained_on.json").unlink()
     config = json.loads((bare / "adapter_config.json").read_text())
     (bare / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/where"}))
-    with pytest.raises(ModelError, match="'some/where' as its base.* --base-model"):
+    with pytest.raises(ModelError, match=r"'some/where' as its base.* --base-model"):
         find_source(bare)
     assert find_source(bare, base_model=str(small_model)).base.quantization == "none"
 

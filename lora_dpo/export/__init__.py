@@ -13,7 +13,7 @@ shards.py     safetensors files, read by rows and written as they come
 kept.py       how much of an update survives being stored
 """
 
-from lora_dpo.export.adapter import export_adapter
+from lora_dpo.export.adapter import export_adapter, refuse_existing
 from lora_dpo.export.making import (
     Options,
     export,
@@ -21,7 +21,6 @@ from lora_dpo.export.making import (
     export_to_gguf,
     export_to_gguf_adapter,
     export_to_ollama,
-    refuse_existing,
 )
 from lora_dpo.export.report import Report, describe
 from lora_dpo.export.source import Source, find_source

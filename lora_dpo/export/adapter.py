@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -45,12 +46,15 @@ class Trained(Protocol):
     def run(self) -> RunDirectory | None: ...
 
 
-def export_adapter(source: RunDirectory | Trained, to: Path) -> Path:
+def export_adapter(
+    source: RunDirectory | Trained, to: Path, finish: Callable[[Path], None] = lambda folder: None
+) -> Path:
     """Copy an adapter, its tokenizer and template to a new folder, in PEFT's layout.
 
     A run's is copied to the byte, all but the manifest. Of another folder what makes up the adapter is, and
     nothing else: no optimizer's state, no pickles. Where its config names no base, or no revision, it gets
-    the source's; where it has no tokenizer, the base's. Raises RunError if a run has no whole adapter yet or
+    the source's; where it has no tokenizer, the base's. finish: adds to the folder before it is in its place.
+    Raises RunError if a run has no whole adapter yet or
     the folder is there already, ModelError if another adapter can't be used.
     """
     run = source if isinstance(source, RunDirectory) else source.run
@@ -63,13 +67,18 @@ def export_adapter(source: RunDirectory | Trained, to: Path) -> Path:
         files, base = _parts(source.adapter), source.base
     refuse_existing(to)
     need_space(to, sum(file.stat().st_size for file in files), "the adapter")
-    write_folder(to, lambda part: _fill(part, files, base))
+
+    def fill(part: Path) -> None:
+        _fill(part, files, base)
+        finish(part)
+
+    write_folder(to, fill)
     return to
 
 
 def refuse_existing(folder: Path) -> None:
     """Raise RunError if something is there already: an export overwrites nothing."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
         raise RunError(f"{folder} is there already and is not empty: choose another with --output")
 
 

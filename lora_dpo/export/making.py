@@ -14,15 +14,17 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_dpo.errors import ModelError, RunError
-from lora_dpo.export.adapter import export_adapter
+from lora_dpo.export.adapter import export_adapter, refuse_existing
 from lora_dpo.export.card import write_card
 from lora_dpo.export.converter import ADAPTERS, MODELS, find_converter, not_found
 from lora_dpo.export.gguf import export_gguf, export_gguf_adapter, gguf_adapter_command, gguf_command
 from lora_dpo.export.kept import Kept, joined
+from lora_dpo.export.linter import lint
 from lora_dpo.export.merged import SHARD_SIZE, Settings, clear, merge
 from lora_dpo.export.ollama import write_modelfile
 from lora_dpo.export.proof import EXAMPLES, prove
 from lora_dpo.export.report import FILE, Kind, Report, describe, write_report
+from lora_dpo.export.serving import commands
 from lora_dpo.export.source import Source
 from lora_dpo.model import load_tokenizer
 from lora_dpo.run_directory import grow_folder, write_folder, write_text
@@ -38,16 +40,17 @@ class Options:
 
     dtype: what weights are stored in. base: "dequantized" adds the update to the weights that were trained
     on, which gives the function that was trained; "original" to those of the base's files, which gives
-    another one. shard_size: bytes of a file. verify: whether a merged model is reloaded and compared with
-    base + adapter. data: rows for that, instead of those that the run held out; examples: how many of them.
-    accept: take what misses the bars. llama_cpp: a folder with llama.cpp's converters. repository: the hub's
-    name of what is made, for its card.
+    another one. shard_size: bytes of a file. verify: whether what was made is reloaded and compared with
+    base + adapter; by default a merged model is, and an adapter, which is copied, is not. data: rows for
+    that, instead of those that the run held out; examples: how many of them. accept: take what misses the
+    bars. llama_cpp: a folder with llama.cpp's converters. repository: the hub's name of what is made, for its
+    card.
     """
 
     dtype: Dtype = "bfloat16"
     base: Literal["dequantized", "original"] = "dequantized"
     shard_size: int = SHARD_SIZE
-    verify: bool = True
+    verify: bool | None = None
     data: str | None = None
     examples: int = EXAMPLES
     accept: bool = False
@@ -57,12 +60,6 @@ class Options:
     @property
     def settings(self) -> Settings:
         return Settings(getattr(torch, self.dtype), self.base == "original", self.shard_size)
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise RunError if something is there already: an export overwrites nothing."""
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise RunError(f"{folder} is there already and is not empty: choose another with --output")
 
 
 def export(
@@ -95,7 +92,29 @@ def export(
 
 
 def _export_adapter(source: Source, to: Path, options: Options, *, display: Display) -> None:
-    export_adapter(source, to)
+    def finish(part: Path) -> None:
+        if options.verify:
+            report = prove(
+                source,
+                part,
+                dtype="float32",
+                kind="adapter",
+                data=options.data,
+                examples=options.examples,
+                accept=options.accept,
+                display=display,
+            )
+            _say(display, describe(report))
+            _judge(report, options, "nothing is kept of it")
+        else:
+            report = Report("adapter", "float32", not_compared="these are the adapter's own files")
+        _finish(part, source, report.as_dict(), "adapter", options)
+
+    export_adapter(source, to, finish)
+    for finding in lint(to, source.base):
+        display.say(str(finding))
+    for server, line in commands(to, source.base).items():
+        display.say(f"\n{server}:\n{line}")
 
 
 def export_merged(
@@ -125,7 +144,7 @@ def merge_and_prove(source: Source, folder: Path, options: Options, display: Dis
     kept = merge(source.base, source.adapter, folder, options.settings, counting=_megabytes(display))
     tokenizer_of(source).save(folder)
     weights = _weights(kept)
-    if options.verify:
+    if options.verify is not False:
         report = prove(
             source,
             folder,
@@ -143,14 +162,16 @@ def merge_and_prove(source: Source, folder: Path, options: Options, display: Dis
             "merged", options.dtype, options.base, weights, not_compared=why, accept=options.accept
         )
         write_report(report, folder)
-    for line in describe(report):
-        display.say(line)
-    if report.passed is False and not options.accept:
-        raise RunError(
-            "not exported: it is not what was trained, see above. What was made waits in"
-            f" {folder}: the same command with --accept takes it, and the folder can be deleted"
-        )
+    _say(display, describe(report))
+    waits = f"what was made waits in {folder}: the same command with --accept takes it, or delete the folder"
+    _judge(report, options, waits)
     return report
+
+
+def _judge(report: Report, options: Options, left: str) -> None:
+    """Raise RunError where a bar was missed that nobody accepted. left: what became of it."""
+    if report.passed is False and not options.accept:
+        raise RunError(f"not exported, for it is not what was trained (see above); {left}")
 
 
 def _weights(kept: dict[str, Kept]) -> dict[str, Any]:

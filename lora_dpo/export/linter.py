@@ -200,7 +200,7 @@ def _stored_quantized(seen: Served) -> Iterator[Finding]:
 def _chat_template(seen: Served) -> Iterator[Finding]:
     if not seen.other_template:
         return
-    what = "it was trained with a chat template of its own, and the base's is taken"
+    what = "it was trained with a chat template of its own, and the base's is taken unless one is given"
     file = seen.folder / TEMPLATE
     if file.is_file():
         yield Finding("vLLM", "wrong", what, f"Give vllm serve --chat-template {file}", option=True)

@@ -58,9 +58,10 @@ def merged_tensors(
     folder.mkdir()
     kept = merge(base, adapter, folder, settings, counting=counting)
     clear(folder)
-    network, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         str(folder), dtype=settings.dtype, output_loading_info=True
     )
+    network, info = loaded
     assert not any(info.values()), info
     return network.state_dict(), kept
 
@@ -77,9 +78,7 @@ def compare_with_whole(base: Base, adapter: Adapter, tmp_path: Path, bound: floa
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert (found[name] - tensor).abs().max() <= bound, name
-    assert (tmp_path / "merged" / "model.safetensors.index.json").is_file(), (
-        "it was not divided"
-    )
+    assert (tmp_path / "merged" / "model.safetensors.index.json").is_file(), "it was not divided"
     return kept
 
 
@@ -112,7 +111,8 @@ def test_what_was_tied_is_parted_where_one_changes(tmp_path: Path, target: str):
     """An adapter made elsewhere on the head, or on the embeddings, of a model that has one matrix for both."""
     folder = save_small_model(tmp_path / "tied", tie_word_embeddings=True)
     plain = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-    original = plain.get_input_embeddings().weight.detach().clone()
+    embeddings: Any = plain.get_input_embeddings()
+    original = embeddings.weight.detach().clone()
     adapted: Any = get_peft_model(
         plain, LoraConfig(r=2, target_modules=["q_proj", target], task_type="CAUSAL_LM")
     )
@@ -166,7 +166,7 @@ ARCHITECTURES: dict[str, Any] = {
     "gemma3": lambda: Gemma3TextConfig(**SMALL | {"head_dim": 16}),
     "phi3": lambda: Phi3Config(**SMALL, pad_token_id=0, eos_token_id=2, bos_token_id=1),
 }
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 96,

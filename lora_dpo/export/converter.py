@@ -186,6 +186,16 @@ def _failure(name: str, python: str, status: int, lines: Sequence[str]) -> str:
         )
     elif "not supported" in text:
         advice = "\nThis llama.cpp doesn't convert the architecture; a newer one may"
+    elif "tokenizer.model" in text:
+        advice = (
+            "\nThe converter wants this architecture's SentencePiece file, which transformers writes no more:"
+            " copy tokenizer.model from the base's own folder beside the model's tokenizer.json"
+        )
+    elif "KeyError" in text:
+        advice = (
+            f"\nThe converter misses a key that {python}'s transformers has no more, or never had: give it"
+            " an interpreter with the versions in llama.cpp's requirements"
+        )
     elif "No space left" in text:
         advice = "\nThe disk is full: make room, or name a file on another one with --output"
     return f"{name} failed (status {status}); its last lines:\n{text}{advice}"

@@ -7,12 +7,11 @@ are said.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from safetensors import SafetensorError
 
@@ -177,14 +176,21 @@ def _checked(to_file: Path, convert: Callable[[Path], Check | None], accept: boo
     return check
 
 
-def report(export: GgufExport, kind: Literal["gguf", "gguf-adapter"], dtype: str) -> str:
-    """export_report.json's text for a GGUF file: its own check; a merged source has a proof of its own."""
+def report(
+    export: GgufExport, kind: Literal["gguf", "gguf-adapter"], dtype: str, *, accepted: bool = False
+) -> dict[str, Any]:
+    """export_report.json for a GGUF file: what its check found. Its source has a proof of its own."""
     check = export.check
-    facts = {
+    return {
         "format": 1,
         "kind": kind,
         "dtype": dtype,
+        "base": "dequantized" if kind == "gguf" else "original",
         "passed": None if check is None else not check.findings,
         "failed": [] if check is None else list(check.findings),
+        "accepted": accepted,
+        "bars": {},
+        "weights": None,
+        "pairs": None,
+        "bases": None,
     }
-    return json.dumps(facts, indent=1)

@@ -9,7 +9,7 @@ Needs the `gguf` package; without it nothing can be said.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,18 @@ from lora_dpo.export.gguf_file import GgufFile, GgufTensor
 from lora_dpo.export.gguf_names import Place, known_names, place_of
 from lora_dpo.export.tensors import Stored, headers
 
+Change = Callable[[Tensor], Tensor]
+_Kind = tuple[str, Change | None]
+"""(field of Check, what is done to the source; None: nothing)."""
+
 ROWS = 2**24
 """About how many values are compared at a time."""
 
-KNOWN = frozenset({"llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "gemma", "gemma2", "phi3", "olmo2"})
-"""GGUF's names of architectures of which every rearrangement is known here: other values are wrong ones."""
+TURNED = frozenset({"llama", "granite", "smollm3"})
+"""GGUF's names of architectures whose queries and keys must be turned; Mistral and Mixtral are llama too."""
+
+KNOWN = TURNED | {"qwen2", "qwen3", "qwen2moe", "qwen3moe", "olmo2", "starcoder2", "command-r", "seed_oss"}
+"""Those that were converted and read back here: nothing else is changed in them, other values are wrong."""
 
 UNUSED = ("rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 """Endings of tensors that models keep and no file needs: they are computed."""
@@ -140,8 +147,8 @@ def _check_tensors(
             check.findings.append(f"{name} should be there as {place.name}, and is not")
             continue
         heads_of = {"attn_q": query_heads, "attn_k": key_heads or query_heads}
-        turned = heads_of.get(place.part) if file.architecture == "llama" and place.may_turn else None
-        _compare(check, source, tensor, place, heads=turned, known=file.architecture in KNOWN)
+        changes = _changes(file.architecture, heads_of.get(place.part) if place.may_turn else None)
+        _compare(check, source, tensor, place, changes, file.architecture in KNOWN)
     check.made.extend(sorted(file.tensors.keys() - used))
 
 
@@ -151,9 +158,11 @@ def _layers(sources: Mapping[str, Stored]) -> int:
 
 
 def _compare(
-    check: Check, source: Stored, tensor: GgufTensor, place: Place, *, heads: int | None, known: bool
+    check: Check, source: Stored, tensor: GgufTensor, place: Place, changes: Iterable[_Kind], known: bool
 ) -> None:
-    """Add a tensor to the findings or to those that were compared. heads: whose rows may be turned."""
+    """Add a tensor to the findings or to those that were compared. changes: what may have been done to it.
+    known: whether it can be nothing else.
+    """
     name = source.name
     shape = tensor.shape if place.expert is None else tensor.shape[1:]
     wanted = source.shape[::-1] if place.transposed else source.shape
@@ -164,7 +173,7 @@ def _compare(
     if not _is_finite(tensor, place):
         check.findings.append(f"{place.name} holds values that are not finite: {tensor.dtype} is too narrow")
         return
-    for kind, change in _changes(heads):
+    for kind, change in changes:
         if _is_equal(source, tensor, place, change):
             getattr(check, kind).append(name)
             return
@@ -176,12 +185,14 @@ def _compare(
         check.shapes.append(name)
 
 
-Change = Callable[[Tensor], Tensor]
-
-
-def _changes(heads: int | None) -> Iterator[tuple[str, Change | None]]:
-    """The rearrangements to try, in turn: (field of Check, what is done to the source); None: nothing."""
+def _changes(architecture: str, heads: int | None) -> Iterator[_Kind]:
+    """The rearrangements to try, in turn. heads: of a tensor whose rows are queries' or keys'."""
+    if heads and architecture in TURNED:
+        yield "turned", lambda whole: turn(whole, heads)
+        return
     yield "equal", None
+    if architecture in KNOWN:
+        return
     if heads:
         yield "turned", lambda whole: turn(whole, heads)
     yield "turned", lambda whole: whole.T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +20,9 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def package() -> Any:
     """The `gguf` package, an extra: of no type, so that what is here is checked without it too."""
-    return importlib.import_module("gguf")
+    import gguf
+
+    return gguf
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,10 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from lora_dpo import __version__
-from lora_dpo.export.card import PICTURE, write_card
-from lora_dpo.export.facts import Kind
-from lora_dpo.export.licence import front_matter
-from lora_dpo.export.markdown import fenced
+from lora_dpo.export.card.card import PICTURE, write_card
+from lora_dpo.export.card.facts import Kind
+from lora_dpo.export.card.licence import front_matter
+from lora_dpo.export.card.markdown import fenced
 from lora_dpo.finished import evaluate_run, open_finished
 from lora_dpo.losses import DPO, IPO, KTO, LDDPO, ORPO, SFT, DiscoPOP, Sum
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Training, from_dict
@@ -132,7 +132,7 @@ def written(
 ) -> str:
     """The card's text. drawn: with its picture, which takes most of the time."""
     folder.mkdir(exist_ok=True)
-    with nullcontext() if drawn else mock.patch("lora_dpo.export.card.draw_curves", return_value=True):
+    with nullcontext() if drawn else mock.patch("lora_dpo.export.card.card.draw_curves", return_value=True):
         write_card(folder, source, found, kind, **options)  # pyright: ignore[reportArgumentType]
     return (folder / "README.md").read_text(encoding="utf-8")
 

@@ -60,7 +60,8 @@ def test_train_evaluate_and_export_by_the_commands(script: Path, tmp_path: Path)
         exported = lora_dpo("export", tmp_path / "run", "--to", kind)
         assert exported.returncode == 0, exported.stderr
         assert (tmp_path / "run" / f"export-{kind}" / file).is_file()
-    assert "against base + adapter" in exported.stdout
+    assert "reloaded and compared with base + adapter on 8 examples" in exported.stdout
+    assert "passed: the exported model is what was trained" in exported.stdout
 
 
 def test_a_wrong_key_is_one_line_and_exit_status_2(script: Path):

@@ -13,8 +13,8 @@ import pytest
 from matplotlib.image import imread
 
 from lora_dpo.errors import RunError
-from lora_dpo.export import curves
-from lora_dpo.export.curves import draw_curves, points, running_mean
+from lora_dpo.export.card import curves
+from lora_dpo.export.card.curves import draw_curves, points, running_mean
 
 METRICS = ("loss", "rewards/accuracy", "rewards/margin", "logps/chosen_change", "logps/rejected_change")
 

@@ -142,12 +142,12 @@ def test_what_misses_a_bar_is_not_exported_unless_it_is_accepted(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Every update doubled on its way to the files: as wrong as a merge that adds it twice."""
-    from lora_dpo.export import merging
+    from lora_dpo.export.merging import merge as merging
 
     rounded = merging._rounded
     bent = lambda tensor, dtype, name: rounded(tensor * (1.02 if "_proj" in name else 1), dtype, name)  # noqa: E731
     monkeypatch.setattr(merging, "_rounded", bent)
-    with pytest.raises(RunError, match=r"not exported: .*--accept"):
+    with pytest.raises(RunError, match=r"not exported, .*--accept"):
         export_merged(source, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     assert json.loads((tmp_path / ".merged.part" / "export_report.json").read_text())["passed"] is False

@@ -23,13 +23,13 @@ from builders import save_small_model
 from safetensors.torch import load_file, save_file
 
 from lora_dpo.errors import ModelError, RunError
-from lora_dpo.export import gguf as exporting
-from lora_dpo.export import gguf_check
-from lora_dpo.export.converter import ADAPTERS, MODELS, find_converter
-from lora_dpo.export.gguf import export_gguf, export_gguf_adapter, gguf_adapter_command, gguf_command
-from lora_dpo.export.gguf_adapter import prepare, scale_of
-from lora_dpo.export.gguf_check import Check, check_adapter, check_model, turn
-from lora_dpo.export.tensors import headers
+from lora_dpo.export.gguf import check as gguf_check
+from lora_dpo.export.gguf import making as exporting
+from lora_dpo.export.gguf.adapter import prepare, scale_of
+from lora_dpo.export.gguf.check import Check, check_adapter, check_model, turn
+from lora_dpo.export.gguf.converter import ADAPTERS, MODELS, find_converter
+from lora_dpo.export.gguf.making import export_gguf, export_gguf_adapter, gguf_adapter_command, gguf_command
+from lora_dpo.export.gguf.tensors import headers
 from lora_dpo.model import load_tokenizer
 from lora_dpo.recipe import Base
 
@@ -219,7 +219,7 @@ def test_a_killed_export_takes_the_converter_along_and_a_second_one_succeeds(
 ):
     script, to_file = stand_in("wait"), tmp_path / "out" / "m.gguf"
     code = (
-        "import sys; from pathlib import Path; from lora_dpo.export.gguf import export_gguf\n"
+        "import sys; from pathlib import Path; from lora_dpo.export.gguf.making import export_gguf\n"
         "model, out, script = map(Path, sys.argv[1:]); export_gguf(model, out, 'float32', script)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

@@ -29,8 +29,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, TokenizersBackend
 
 from lora_dpo.errors import ModelError
-from lora_dpo.export.converter import ADAPTERS, MODELS, find_converter
-from lora_dpo.export.gguf import GgufExport, export_gguf, export_gguf_adapter
+from lora_dpo.export.gguf.converter import ADAPTERS, MODELS, find_converter
+from lora_dpo.export.gguf.making import GgufExport, export_gguf, export_gguf_adapter
 from lora_dpo.recipe import Base
 
 gguf = pytest.importorskip("gguf", reason="takes the gguf package")

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lora_dpo.errors import ModelError, RunError
-from lora_dpo.export import linter
 from lora_dpo.export.adapter import export_adapter
-from lora_dpo.export.linter import Finding, lint
-from lora_dpo.export.serving import commands
+from lora_dpo.export.serving import linter
+from lora_dpo.export.serving.commands import commands
+from lora_dpo.export.serving.linter import Finding, lint
 from lora_dpo.model import dequantized, load_adapter, load_model
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training
 from lora_dpo.run_directory import RunDirectory

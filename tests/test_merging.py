@@ -31,12 +31,12 @@ from transformers import (
 from whole_merge import merged_network
 
 from lora_dpo.errors import ModelError, RunError
-from lora_dpo.export import merged as merged_module
-from lora_dpo.export import shards
-from lora_dpo.export.kept import Kept, joined
-from lora_dpo.export.merged import Settings, clear, merge
-from lora_dpo.export.quantized import EightBit, FourBit, _encoder
-from lora_dpo.export.shards import Part, Tensors, shards_of, write_shard
+from lora_dpo.export.merging import files as merged_module
+from lora_dpo.export.merging import shards
+from lora_dpo.export.merging.files import Settings, clear, merge
+from lora_dpo.export.merging.kept import Kept, joined
+from lora_dpo.export.merging.quantized import EightBit, FourBit, _encoder
+from lora_dpo.export.merging.shards import Part, Tensors, shards_of, write_shard
 from lora_dpo.model import load_model, save_adapter
 from lora_dpo.model.skeleton import skeleton_of
 from lora_dpo.recipe import Adapter, Base
@@ -108,7 +108,7 @@ def test_embeddings_that_are_tied_stay_so_where_both_change_alike(tmp_path: Path
 @pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings", "ignore:`is_gradient_checkpointing`")
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_what_was_tied_is_parted_where_one_changes(tmp_path: Path, target: str):
-    """An adapter made elsewhere on the head, or on the embeddings, of a model that has one matrix for both."""
+    """An adapter made elsewhere, on the head or the embeddings of a model that has one matrix for both."""
     folder = save_small_model(tmp_path / "tied", tie_word_embeddings=True)
     plain = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     embeddings: Any = plain.get_input_embeddings()
@@ -148,32 +148,38 @@ def test_exactly_the_tensors_that_bitsandbytes_quantized_are_dequantized(
     assert same == {name for name in original if "_proj" not in name}
 
 
+def small(**changes: Any) -> dict[str, Any]:
+    sizes = {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    return sizes | changes
+
+
 ARCHITECTURES: dict[str, Any] = {
     "gpt2": lambda: GPT2Config(
         vocab_size=320, n_embd=64, n_layer=2, n_head=4, bos_token_id=2, eos_token_id=2
     ),
     "qwen3_moe": lambda: Qwen3MoeConfig(
-        **SMALL, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2
+        **small(moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
     ),
-    "mixtral": lambda: MixtralConfig(**SMALL, num_local_experts=4),
+    "mixtral": lambda: MixtralConfig(**small(num_local_experts=4)),
     "gpt_oss": lambda: GptOssConfig(
-        **SMALL | {"head_dim": 16},
-        num_local_experts=4,
-        layer_types=["full_attention"] * 2,
-        eos_token_id=2,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        **small(
+            head_dim=16,
+            num_local_experts=4,
+            layer_types=["full_attention"] * 2,
+            eos_token_id=2,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        )
     ),
-    "gemma3": lambda: Gemma3TextConfig(**SMALL | {"head_dim": 16}),
-    "phi3": lambda: Phi3Config(**SMALL, pad_token_id=0, eos_token_id=2, bos_token_id=1),
-}
-SMALL: dict[str, Any] = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "gemma3": lambda: Gemma3TextConfig(**small(head_dim=16)),
+    "phi3": lambda: Phi3Config(**small(pad_token_id=0, eos_token_id=2, bos_token_id=1)),
 }
 
 

@@ -15,9 +15,9 @@ from modelfile_reader import parse, run
 from tokenizer_designs import BUILDERS, TRICKY
 
 from lora_dpo.errors import RunError
-from lora_dpo.export.chat_turns import NotExpressible, find_turns
-from lora_dpo.export.go_template import literal
-from lora_dpo.export.ollama import (
+from lora_dpo.export.ollama.chat_turns import NotExpressible, find_turns
+from lora_dpo.export.ollama.go_template import literal
+from lora_dpo.export.ollama.modelfile import (
     MODELFILE,
     adds_bos,
     sampling,

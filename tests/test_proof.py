@@ -23,13 +23,16 @@ from transformers import AutoModelForCausalLM
 
 from lora_dpo.errors import DataError
 from lora_dpo.evaluation import Interval
-from lora_dpo.export import arithmetic, export_adapter, export_merged, proof
-from lora_dpo.export.arithmetic import NoRoom, Plan, in_float32, parameters_in, plan
-from lora_dpo.export.bars import EXACT, bars_for, missed
-from lora_dpo.export.comparing import Comparison, compare, margins_of, share_kept
-from lora_dpo.export.proof import prove
-from lora_dpo.export.report import Report, describe
-from lora_dpo.export.said import Said, listen, spread
+from lora_dpo.export import Options, export_adapter, find_source
+from lora_dpo.export import export_merged as export_and_prove
+from lora_dpo.export.proof import arithmetic
+from lora_dpo.export.proof import prove as proof
+from lora_dpo.export.proof.arithmetic import NoRoom, Plan, in_float32, parameters_in, plan
+from lora_dpo.export.proof.bars import EXACT, bars_for, missed
+from lora_dpo.export.proof.comparing import Comparison, compare, margins_of, share_kept
+from lora_dpo.export.proof.prove import prove
+from lora_dpo.export.proof.report import Report, describe
+from lora_dpo.export.proof.said import Said, listen, spread
 from lora_dpo.finished import FinishedRun, open_finished
 from lora_dpo.losses import KTO
 from lora_dpo.model import as_base, dequantized, load_adapter, load_model
@@ -53,6 +56,12 @@ class Source:
 
 def source_of(run: FinishedRun) -> Source:
     return Source(run.directory.adapter_folder, run.recipe.base, run.directory, run.recipe)
+
+
+def export_merged(run: FinishedRun, to: Path, *, dtype: Any) -> Path:
+    """The run merged, not yet compared."""
+    export_and_prove(find_source(run.directory.path), to, Options(dtype=dtype, verify=False, accept=True))
+    return to
 
 
 @pytest.fixture(scope="module")

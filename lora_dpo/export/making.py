@@ -15,16 +15,22 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.export.adapter import export_adapter, refuse_existing
-from lora_dpo.export.card import write_card
-from lora_dpo.export.converter import ADAPTERS, MODELS, find_converter, not_found
-from lora_dpo.export.gguf import export_gguf, export_gguf_adapter, gguf_adapter_command, gguf_command
-from lora_dpo.export.kept import Kept, joined
-from lora_dpo.export.linter import lint
-from lora_dpo.export.merged import SHARD_SIZE, Settings, clear, merge
-from lora_dpo.export.ollama import write_modelfile
-from lora_dpo.export.proof import EXAMPLES, prove
-from lora_dpo.export.report import FILE, Kind, Report, describe, write_report
-from lora_dpo.export.serving import commands
+from lora_dpo.export.card.card import write_card
+from lora_dpo.export.gguf.converter import ADAPTERS, MODELS, find_converter, not_found
+from lora_dpo.export.gguf.making import (
+    expected_bytes,
+    export_gguf,
+    export_gguf_adapter,
+    gguf_adapter_command,
+    gguf_command,
+)
+from lora_dpo.export.merging.files import SHARD_SIZE, Settings, clear, merge
+from lora_dpo.export.merging.kept import Kept, joined
+from lora_dpo.export.ollama.modelfile import write_modelfile
+from lora_dpo.export.proof.prove import EXAMPLES, prove
+from lora_dpo.export.proof.report import FILE, Kind, Report, describe, write_report
+from lora_dpo.export.serving.commands import commands
+from lora_dpo.export.serving.linter import lint
 from lora_dpo.export.source import Source
 from lora_dpo.model import load_tokenizer
 from lora_dpo.run_directory import grow_folder, write_folder, write_text
@@ -232,9 +238,11 @@ def export_to_gguf(
         merged.mkdir(exist_ok=True)
         report = merge_and_prove(source, merged, options, display)
         (part / name).unlink(missing_ok=True)
-        made = export_gguf(
-            merged, part / name, options.dtype, converter, accept=options.accept, progress=display.say
-        )
+        total = expected_bytes(merged, options.dtype) >> 20
+        with display.counting("converting, MiB", total) as advance:
+            made = export_gguf(
+                merged, part / name, options.dtype, converter, accept=options.accept, progress=advance
+            )
         _say(display, made.describe())
         _say(display, write_modelfile(part, merged, source=part / name).describe())
         _finish(part, source, _with_file(report, made, "gguf"), "gguf", options)
@@ -262,7 +270,6 @@ def export_to_gguf_adapter(
             part / name,
             converter,
             accept=options.accept,
-            progress=display.say,
         )
         _say(display, made.describe())
         report = Report("gguf-adapter", "float32", not_compared="a GGUF file is not run here")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lora_dpo import __version__
 from lora_dpo.errors import RunError, UserError
-from lora_dpo.export.names import paths_in, without_tokens
+from lora_dpo.export.card.names import paths_in, without_tokens
 from lora_dpo.training import Display
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ Columns: `margin kept` exported over trained margin, with its 95% interval over 
 the same over the reference that the way has itself (the original base, for `original`); `update kept`
 ⟨stored − W, ΔW⟩ / ‖ΔW‖², by the weights; `KL` of base + adapter to the merged model, a token, and `of moved`
 over that to the base alone; `top-1` where both think the same token the likeliest; `|Δ log-prob|` of a scored
-token, on average and at most; `verdict` by the bars of `lora_dpo.export.bars`.
+token, on average and at most; `verdict` by the bars of `lora_dpo.export.proof.bars`.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lora_dpo.export import export_merged, merged_weight
-from lora_dpo.export.arithmetic import in_float32
-from lora_dpo.export.bars import bars_for, missed
-from lora_dpo.export.comparing import compare, margins_of, share_kept
-from lora_dpo.export.said import Said, listen, positions_for
+from lora_dpo.export import Options, export_merged, find_source
+from lora_dpo.export.proof.arithmetic import in_float32
+from lora_dpo.export.proof.bars import bars_for, missed
+from lora_dpo.export.proof.comparing import compare, margins_of, share_kept
+from lora_dpo.export.proof.said import Said, listen, positions_for
 from lora_dpo.finished import FinishedRun, open_finished
 from lora_dpo.logprobs import vocabulary
 from lora_dpo.model import Model, as_base, dequantized, load_adapter, load_model
@@ -127,14 +127,15 @@ class Way:
 
 
 def merged_files(run: FinishedRun, plain: FinishedRun, place: Path) -> Iterator[Way]:
-    for prefix, source in (("", run), ("original, ", plain)):
+    source = find_source(run.directory.path)
+    for prefix, base, on in (("", "dequantized", run), ("original, ", "original", plain)):
         for dtype in ("bfloat16", "float16", "float32"):
             name = prefix + dtype
-            folder = export_merged(source, place / name, dtype=dtype)
-            stored = load_file(folder / "model.safetensors")
-            yield Way(
-                name, folder, update_kept(source.model, lambda path, stored=stored: stored[path + ".weight"])
-            )
+            options: Any = {"dtype": dtype, "base": base, "verify": False, "accept": True}
+            export_merged(source, place / name, Options(**options))
+            stored = load_file(place / name / "model.safetensors")
+            share = update_kept(on.model, lambda path, stored=stored: stored[path + ".weight"])
+            yield Way(name, place / name, share)
 
 
 def on_original(run: FinishedRun) -> FinishedRun:
@@ -150,7 +151,7 @@ def update_kept(model: Model, stored: Callable[[str], Tensor]) -> float:
         if isinstance(layer, LoraLayer):
             weight = dequantized(layer.get_base_layer()).detach().float()
             module: Any = layer
-            update = (merged_weight(module).detach().float() - weight).double()
+            update = module.get_delta_weight("default").detach().double()
             along += float(((stored(path).float() - weight).double() * update).sum())
             size += float(update.square().sum())
     return along / size

@@ -25,8 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lora_dpo.export.merged import Settings, clear, merge
-from lora_dpo.export.shards import Part, shards_of, write_shard
+from lora_dpo.export.merging.files import Settings, clear, merge
+from lora_dpo.export.merging.shards import Part, shards_of, write_shard
 from lora_dpo.recipe import Base
 
 EMBEDDING = 128_256 * 2048

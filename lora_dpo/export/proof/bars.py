@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lora_dpo.evaluation import Interval
-from lora_dpo.export.comparing import Comparison
+from lora_dpo.export.proof.comparing import Comparison
 
 MARGIN_KEPT_LOW, MARGIN_KEPT_HIGH = "margin_kept_low", "margin_kept_high"
 TOP1, KL_SHARE, KL_NOISE, UPDATE_KEPT = "top1_agreement", "kl_share", "kl_noise", "update_kept"

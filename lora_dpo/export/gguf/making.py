@@ -16,8 +16,9 @@ from typing import Any, Literal
 from safetensors import SafetensorError
 
 from lora_dpo.errors import ModelError, RunError
-from lora_dpo.export import gguf_adapter
-from lora_dpo.export.converter import (
+from lora_dpo.export.gguf import adapter as gguf_adapter
+from lora_dpo.export.gguf.check import Check, check_adapter, check_model
+from lora_dpo.export.gguf.converter import (
     ADAPTERS,
     MODELS,
     Progress,
@@ -26,8 +27,7 @@ from lora_dpo.export.converter import (
     part_of,
     run_converter,
 )
-from lora_dpo.export.gguf_check import Check, check_adapter, check_model
-from lora_dpo.export.tensors import headers
+from lora_dpo.export.gguf.tensors import headers
 from lora_dpo.model import load_config
 from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Base

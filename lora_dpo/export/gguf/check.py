@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from lora_dpo.errors import ModelError
-from lora_dpo.export.gguf_file import GgufFile, GgufTensor
-from lora_dpo.export.gguf_names import Place, known_names, place_of
-from lora_dpo.export.tensors import Stored, headers
+from lora_dpo.export.gguf.file import GgufFile, GgufTensor
+from lora_dpo.export.gguf.names import Place, known_names, place_of
+from lora_dpo.export.gguf.tensors import Stored, headers
 
 Change = Callable[[Tensor], Tensor]
 _Kind = tuple[str, Change | None]
@@ -82,7 +82,7 @@ def check_model(file: Path, merged: Path) -> Check | None:
     """Compare a GGUF model with the merged folder that it was made from; None without the gguf package."""
     if not package_is_there():
         return None
-    from lora_dpo.export.gguf_metadata import check_metadata
+    from lora_dpo.export.gguf.metadata import check_metadata
 
     check = Check()
     try:
@@ -102,7 +102,7 @@ def check_adapter(file: Path, adapter: Path, base: Any) -> Check | None:
     """
     if not package_is_there():
         return None
-    from lora_dpo.export.gguf_metadata import check_adapter_metadata
+    from lora_dpo.export.gguf.metadata import check_adapter_metadata
 
     check = Check()
     try:

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from lora_dpo.errors import ModelError
-from lora_dpo.export.changes import Change, Experts
-from lora_dpo.export.conversions import Group, groups_of
-from lora_dpo.export.kept import Kept
-from lora_dpo.export.quantized import EightBit, FourBit
-from lora_dpo.export.shards import Part, Tensors, blocks_of_rows
+from lora_dpo.export.merging.changes import Change, Experts
+from lora_dpo.export.merging.conversions import Group, groups_of
+from lora_dpo.export.merging.kept import Kept
+from lora_dpo.export.merging.quantized import EightBit, FourBit
+from lora_dpo.export.merging.shards import Part, Tensors, blocks_of_rows
 from lora_dpo.model.skeleton import Skeleton
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from lora_dpo.export.facts import Facts, mapping_of, number_of, text_of
-from lora_dpo.export.markdown import bullets, code, details, fenced, table
-from lora_dpo.export.names import (
+from lora_dpo.export.card.facts import Facts, mapping_of, number_of, text_of
+from lora_dpo.export.card.markdown import bullets, code, details, fenced, table
+from lora_dpo.export.card.names import (
     hub_dataset,
     last_part,
     public_recipe,

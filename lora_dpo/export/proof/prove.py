@@ -10,11 +10,11 @@ from typing import Any, Literal
 
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.evaluation import bootstrap
-from lora_dpo.export.arithmetic import NoRoom, Plan, device_of, in_float32, plan
-from lora_dpo.export.comparing import accuracy_of, compare, margins_of
-from lora_dpo.export.report import Kind, OnBase, Pairs, Report, write_report
-from lora_dpo.export.rows import Rows, Trained, rows_for
-from lora_dpo.export.said import Said, listen, positions_for, spread
+from lora_dpo.export.proof.arithmetic import NoRoom, Plan, device_of, in_float32, plan
+from lora_dpo.export.proof.comparing import accuracy_of, compare, margins_of
+from lora_dpo.export.proof.report import Kind, OnBase, Pairs, Report, write_report
+from lora_dpo.export.proof.rows import Rows, Trained, rows_for
+from lora_dpo.export.proof.said import Said, listen, positions_for, spread
 from lora_dpo.logprobs import vocabulary
 from lora_dpo.model import Model, as_base, load_adapter, load_model, pick_compute_dtype
 from lora_dpo.out_of_memory import give_back_memory, is_out_of_memory

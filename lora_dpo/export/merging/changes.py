@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from lora_dpo.errors import ModelError
-from lora_dpo.export.shards import Tensors
+from lora_dpo.export.merging.shards import Tensors
 from lora_dpo.model import POLICY, SMALLEST_NORM
 from lora_dpo.model.saved import put_on, read_adapter
 from lora_dpo.model.skeleton import Skeleton

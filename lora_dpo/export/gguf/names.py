@@ -6,8 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from lora_dpo.export.gguf_adapter import A_ENDINGS, module_of
-from lora_dpo.export.gguf_file import package
+from lora_dpo.export.gguf.adapter import A_ENDINGS, module_of
+from lora_dpo.export.gguf.file import package
 
 ENDINGS = (".weight", ".bias")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")

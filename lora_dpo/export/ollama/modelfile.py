@@ -14,8 +14,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lora_dpo.errors import RunError
-from lora_dpo.export.chat_turns import Message, NotExpressible, find_turns
-from lora_dpo.export.go_template import go_template
+from lora_dpo.export.ollama.chat_turns import Message, NotExpressible, find_turns
+from lora_dpo.export.ollama.go_template import go_template
 from lora_dpo.model import load_tokenizer
 from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Base

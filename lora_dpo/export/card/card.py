@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from lora_dpo import __version__
-from lora_dpo.export.card_results import headline, measured, proof
-from lora_dpo.export.card_training import base_link, called, objective, trained_from, trained_on
-from lora_dpo.export.curves import draw_curves
-from lora_dpo.export.facts import Facts, Kind, gather, text_of
-from lora_dpo.export.limits import limitations
-from lora_dpo.export.markdown import code, plain
-from lora_dpo.export.names import hub_dataset, last_part, sources_of, without_tokens
-from lora_dpo.export.usage import usage
+from lora_dpo.export.card.curves import draw_curves
+from lora_dpo.export.card.facts import Facts, Kind, gather, text_of
+from lora_dpo.export.card.limits import limitations
+from lora_dpo.export.card.markdown import code, plain
+from lora_dpo.export.card.names import hub_dataset, last_part, sources_of, without_tokens
+from lora_dpo.export.card.results import headline, measured, proof
+from lora_dpo.export.card.training import base_link, called, objective, trained_from, trained_on
+from lora_dpo.export.card.usage import usage
 from lora_dpo.losses import OBJECTIVES
 from lora_dpo.run_directory import write_text
 
 if TYPE_CHECKING:
-    from lora_dpo.export.source import Source  # pyright: ignore[reportMissingImports]
+    from lora_dpo.export.source import Source
 
 PICTURE = "curves.png"
 WHAT = {

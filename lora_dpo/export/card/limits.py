@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lora_dpo.export.facts import Facts, mapping_of, number_of
-from lora_dpo.export.markdown import bullets, code
+from lora_dpo.export.card.facts import Facts, mapping_of, number_of
+from lora_dpo.export.card.markdown import bullets, code
 from lora_dpo.recipe import Recipe
 
 

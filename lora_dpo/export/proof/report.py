@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_dpo.evaluation import Interval
-from lora_dpo.export.bars import bars_for, missed
-from lora_dpo.export.comparing import Comparison
+from lora_dpo.export.proof.bars import bars_for, missed
+from lora_dpo.export.proof.comparing import Comparison
 from lora_dpo.run_directory import write_text
 
 FORMAT = 1

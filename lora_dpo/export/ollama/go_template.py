@@ -6,7 +6,7 @@ counts, so that nothing is broken into lines for the eye.
 
 from __future__ import annotations
 
-from lora_dpo.export.chat_turns import Turns
+from lora_dpo.export.ollama.chat_turns import Turns
 
 
 def go_template(turns: Turns) -> str:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_dpo.export.gguf_file import GgufFile
+from lora_dpo.export.gguf.file import GgufFile
 from lora_dpo.model import load_config, load_tokenizer
 from lora_dpo.recipe import Base
 from lora_dpo.tokenization import ChatTokenizer
 
 if TYPE_CHECKING:
-    from lora_dpo.export.gguf_check import Check
+    from lora_dpo.export.gguf.check import Check
 
 ENDS_BY_NAME = frozenset(
     {

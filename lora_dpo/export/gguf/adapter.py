@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lora_dpo.errors import ModelError
-from lora_dpo.export.tensors import Stored
+from lora_dpo.export.gguf.tensors import Stored
 
 PREFIX = "base_model.model."
 A_ENDINGS, B_ENDINGS = (".lora_A.weight", ".lora_embedding_A"), (".lora_B.weight", ".lora_embedding_B")

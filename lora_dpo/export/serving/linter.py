@@ -14,7 +14,7 @@ from typing import Literal
 
 from peft.utils.other import get_pattern_key
 
-from lora_dpo.export.served import ENDINGS, TEMPLATE, VLLM_RANKS, Served, look_at
+from lora_dpo.export.serving.served import ENDINGS, TEMPLATE, VLLM_RANKS, Served, look_at
 from lora_dpo.model.saved import CONFIG
 from lora_dpo.recipe import Base
 

@@ -6,8 +6,8 @@ import re
 import shlex
 from pathlib import Path
 
-from lora_dpo.export.linter import Server, findings_on
-from lora_dpo.export.served import TEMPLATE, Served, look_at
+from lora_dpo.export.serving.linter import Server, findings_on
+from lora_dpo.export.serving.served import TEMPLATE, Served, look_at
 from lora_dpo.recipe import Base
 
 

@@ -8,12 +8,11 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from lora_dpo.export.facts import Facts, number_of, text_of
-from lora_dpo.export.markdown import code, fenced
-from lora_dpo.export.names import last_part
+from lora_dpo.export.card.facts import Facts, number_of, text_of
+from lora_dpo.export.card.markdown import code, fenced
+from lora_dpo.export.card.names import last_part
+from lora_dpo.export.serving.served import VLLM_RANKS
 
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What --max-lora-rank takes."""
 TEMPLATE = "chat_template.jinja"
 PLACE_OF_BASE = "path/to/the/base"
 BASE_GGUF = "# base.gguf: the base, converted to GGUF"

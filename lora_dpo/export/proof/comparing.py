@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_dpo.evaluation import BOOTSTRAP_SAMPLES, Interval, bootstrap
-from lora_dpo.export.said import Said
+from lora_dpo.export.proof.said import Said
 from lora_dpo.losses import preferred
 from lora_dpo.tokenization import Branches
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lora_dpo.export.facts import Facts, mapping_of, number_of, text_of
-from lora_dpo.export.markdown import bullets, code, details, plain, table
-from lora_dpo.export.names import last_part, public_text
+from lora_dpo.export.card.facts import Facts, mapping_of, number_of, text_of
+from lora_dpo.export.card.markdown import bullets, code, details, plain, table
+from lora_dpo.export.card.names import last_part, public_text
 
 NOT_FINITE = "not a number"
 WORST = 10

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from lora_dpo.export.licence import Licence, licence_of
-from lora_dpo.export.names import hub_model, public_base
+from lora_dpo.export.card.licence import Licence, licence_of
+from lora_dpo.export.card.names import hub_model, public_base
 from lora_dpo.recipe import Base, Recipe
 from lora_dpo.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from lora_dpo.export.source import Source  # pyright: ignore[reportMissingImports]
+    from lora_dpo.export.source import Source
 
 Kind = Literal["adapter", "merged", "gguf", "gguf-adapter", "ollama"]
 SAME = 0.01

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora_dpo.errors import DataError, RunError
-from lora_dpo.export.report import Kind
-from lora_dpo.export.said import spread
+from lora_dpo.export.proof.report import Kind
+from lora_dpo.export.proof.said import spread
 from lora_dpo.losses import DPO
 from lora_dpo.model import load_tokenizer
 from lora_dpo.recipe import Base, Data, Recipe

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from lora_dpo.errors import ModelError
-from lora_dpo.export.changes import changes_of
-from lora_dpo.export.kept import Kept
-from lora_dpo.export.merging import Merge
-from lora_dpo.export.shards import Part, Tensors, shards_of, write_shard
+from lora_dpo.export.merging.changes import changes_of
+from lora_dpo.export.merging.kept import Kept
+from lora_dpo.export.merging.merge import Merge
+from lora_dpo.export.merging.shards import Part, Tensors, shards_of, write_shard
 from lora_dpo.model import load_config
 from lora_dpo.model.skeleton import Skeleton, skeleton_of
 from lora_dpo.model.stored import weight_files
@@ -164,6 +164,7 @@ def _write_config(skeleton: Skeleton, source: Path, folder: Path, settings: Sett
     if getattr(config, "architectures", None) is None:
         config.architectures = [type(skeleton.network).__name__]
     config.save_pretrained(str(folder))
-    names = [GENERATION, *(("*.py",) if getattr(config, "auto_map", None) else ())]
+    # transformers no longer writes tokenizer.model, which llama.cpp's converter wants of some.
+    names = [GENERATION, "tokenizer.model", *(("*.py",) if getattr(config, "auto_map", None) else ())]
     for file in (file for name in names for file in source.glob(name)):
         shutil.copyfile(file, folder / file.name)

@@ -1,7 +1,8 @@
 """From a run to what is served elsewhere, and how much of the training came along.
 
 source.py   what is exported: an adapter and its base
-making.py   each kind of export: made, compared, described, put in its place whole
+kinds.py    every kind of export by its name
+making.py   a merged model: made, compared, described, and only then put in its place
 adapter.py  the adapter alone, in PEFT's layout
 merging/    the streaming merge
 proof/      what was made, reloaded, beside base + adapter
@@ -13,14 +14,8 @@ push.py     to the hub
 """
 
 from lora_dpo.export.adapter import export_adapter, refuse_existing
-from lora_dpo.export.making import (
-    Options,
-    export,
-    export_merged,
-    export_to_gguf,
-    export_to_gguf_adapter,
-    export_to_ollama,
-)
+from lora_dpo.export.kinds import export, export_to_gguf, export_to_gguf_adapter, export_to_ollama
+from lora_dpo.export.making import Options, export_merged
 from lora_dpo.export.proof.report import Report, describe
 from lora_dpo.export.source import Source, find_source
 

@@ -52,7 +52,7 @@ class GgufExport:
 
     def describe(self) -> list[str]:
         """Lines for a person."""
-        lines = [f"GGUF: {self.file} ({self.file.stat().st_size / 2**20:,.1f} MiB)"]
+        lines = [f"GGUF: {self.file.name} ({self.file.stat().st_size / 2**20:,.1f} MiB)"]
         if self.check is None:
             lines.append("not checked: that takes the gguf package (pip install 'lora-dpo[gguf]')")
         else:

@@ -28,7 +28,7 @@ from transformers import (
     Phi3Config,
     Qwen3MoeConfig,
 )
-from whole_merge import merged_network
+from whole_merge import merged_network, merged_weight
 
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.export.merging import files as merged_module
@@ -103,6 +103,37 @@ def test_embeddings_that_are_tied_stay_so_where_both_change_alike(tmp_path: Path
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"] is True
     names = {name for file in (tmp_path / "merged").glob("*.safetensors") for name in load_file(file)}
     assert "lm_head.weight" not in names
+
+
+@pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
+@pytest.mark.parametrize(
+    ("kind", "held"),
+    [
+        ("default", "the head"),
+        ("default", "both"),
+        ("default", "both, and they differ"),
+        ("tokens", "the head"),
+        ("tokens", "both"),
+    ],
+)
+def test_files_may_hold_either_of_two_that_are_tied(tmp_path: Path, kind: str, held: str):
+    """transformers ties what is missing to what is there, and leaves what is there and differs apart."""
+    folder = save_small_model(tmp_path / "tied", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] * (0.5 if "differ" in held else 1)
+    if held == "the head":
+        del weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    base = base_of(folder, "float32")
+    model = load_model(base, kind_of(kind))
+    stir(model)
+    save_adapter(model, tmp_path / "adapter")
+    found, _ = merged_tensors(base, tmp_path / "adapter", tmp_path / "merged")
+    for module, name in (
+        (model.causal.get_input_embeddings(), "model.embed_tokens"),
+        (model.head, "lm_head"),
+    ):
+        assert torch.equal(found[f"{name}.weight"], merged_weight(module)), name
 
 
 @pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings", "ignore:`is_gradient_checkpointing`")

@@ -44,6 +44,7 @@ def export(
     if to is None:
         home = source.run.path if source.run else source.adapter.resolve().parent
         to = home / (f"export-{kind}" if source.run else f"{source.name}-export-{kind}")
+    to = to if to.name else to.resolve()  # "." has no name to put another one beside
     refuse_existing(to)
     makers: dict[Kind, Callable[..., object]] = {
         "adapter": _export_adapter,

@@ -47,6 +47,8 @@ def find_source(
     if (path / "recipe.yaml").is_file():
         run = RunDirectory.open(path)
         check_adapter(run)
+        if quantization is not None:
+            raise RunError("--quantization is for adapters made elsewhere: a run's recipe says how it was")
         recipe = load_recipe(run.recipe_file)
         adapter, base = run.adapter_folder, recipe.base
     elif path.is_dir():

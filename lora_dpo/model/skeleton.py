@@ -42,16 +42,16 @@ class Skeleton:
     """A base on the meta device.
 
     network: unquantized, its parameters in the dtypes in which they are loaded. quantized: paths of the
-    modules whose weight bitsandbytes quantizes. tied: parameters that are one with another, by the other's
-    name. device, compute_dtype: what the base is quantized on, and computes in. stored: what the checkpoint
-    says of its own
-    quantization, None for one that is quantized as it loads. mapping: transformers' rules that
-    make parameters of the checkpoint's tensors.
+    modules whose weight bitsandbytes quantizes. wide: parameters that the architecture keeps in float32.
+    tied: parameters that are one with another, by the other's name. device, compute_dtype: what the base is
+    quantized on, and computes in. stored: what the checkpoint says of its own quantization, None for one that
+    is quantized as it loads. mapping: transformers' rules that make parameters of the checkpoint's tensors.
     """
 
     base: Base
     network: PreTrainedModel
     quantized: frozenset[str]
+    wide: frozenset[str]
     tied: Mapping[str, str]
     device: torch.device
     compute_dtype: torch.dtype
@@ -100,6 +100,7 @@ def skeleton_of(base: Base) -> Skeleton:
     dtype = pick_compute_dtype(base, device)
     options: dict[str, Any] = {"trust_remote_code": base.trust_remote_code}
     network, shell = (_on_meta(base, dtype, options) for _ in range(2))
+    wide = _keep_wide(network, dtype)
     stored = stored_quantization(base)
     quantized: frozenset[str] = frozenset()
     settings = quantization_config(base, dtype) if stored is None else _settings(stored)
@@ -111,6 +112,7 @@ def skeleton_of(base: Base) -> Skeleton:
         base,
         network,
         quantized,
+        wide,
         dict(getattr(network, "all_tied_weights_keys", None) or {}),
         device,
         dtype,
@@ -124,20 +126,20 @@ def _on_meta(base: Base, dtype: torch.dtype, options: dict[str, Any]) -> PreTrai
     config.dtype = dtype
     with torch.device("meta"):
         network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
-    _keep_wide(network, dtype)
     return network
 
 
-def _keep_wide(network: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give the parameters that the architecture keeps in float32 that dtype, as loading does."""
-    plan = network._get_dtype_plan(dtype)
+def _keep_wide(network: PreTrainedModel, dtype: torch.dtype) -> frozenset[str]:
+    """Give what the architecture keeps in float32 beside 16 bits that dtype, as loading does; their names."""
+    plan = network._get_dtype_plan(dtype if dtype.itemsize == 2 else torch.bfloat16)
     if not plan:
-        return
-    pattern, of_group, _ = build_glob_alternation(list(plan))
-    for name, parameter in network.named_parameters():
-        found = re.search(pattern, name)
-        if found is not None and found.lastgroup is not None:
-            parameter.data = parameter.data.to(plan[of_group[found.lastgroup]])
+        return frozenset()
+    pattern, _, _ = build_glob_alternation(list(plan))
+    named = [*network.named_parameters(), *network.named_buffers()]
+    wide = {name: tensor for name, tensor in named if re.search(pattern, name) and tensor.is_floating_point()}
+    for tensor in wide.values():
+        tensor.data = tensor.data.float()
+    return frozenset(wide)
 
 
 def _settings(stored: Mapping[str, Any]) -> BitsAndBytesConfig:

@@ -62,10 +62,12 @@ class Merge:
             sources |= dict.fromkeys(group.parameters, group.names[0])
             found += self._of_group(group)
         found += [self._as_it_is(name) for name in extra]
-        for name, other in self.untied.items():
-            if name not in sources:
-                found.append(self._plain(name, sources[other], name))
-        missing = sorted(self.changes.keys() - sources.keys() - self.skeleton.tied.keys())
+        for name, other in self.untied.items():  # what was one is two now
+            for missing, there in ((name, other), (other, name)):
+                if missing not in sources and there in sources:
+                    found.append(self._plain(missing, sources[there], missing))
+        shared = self.skeleton.tied.keys() | set(self.skeleton.tied.values())
+        missing = sorted(self.changes.keys() - sources.keys() - shared)
         if missing:
             raise ModelError(f"the adapter changes {missing[0]}, which the base's files do not hold")
         return found
@@ -73,10 +75,8 @@ class Merge:
     def _of_group(self, group: Group) -> Iterator[Part]:
         parameters = group.parameters
         if group.converter is None:
-            name, parameter = group.names[0], parameters[0]
-            if parameter in self.skeleton.tied and parameter not in self.untied:
-                return  # the one that it is tied to is written
-            yield self._plain(name, name, parameter)
+            # Of two that are one the files may hold either, or both: each is written under its name.
+            yield self._plain(group.names[0], group.names[0], parameters[0])
         elif not any(p in self.changes or self.skeleton.is_quantized(p) for p in parameters):
             yield from (self._as_it_is(name, parameters[0]) for name in group.names)
         elif group.is_of_experts and isinstance(self.changes[parameters[0]], Experts):
@@ -89,7 +89,7 @@ class Merge:
         own = self.skeleton.own[parameter].dtype
         if not own.is_floating_point:
             return own
-        return own if own == torch.float32 != self.skeleton.compute_dtype else self.dtype
+        return torch.float32 if parameter in self.skeleton.wide else self.dtype
 
     def _loaded(self, rows: Tensor, parameter: str) -> Tensor:
         """Rows as a checkpoint holds them → as the base computes with them, float32."""

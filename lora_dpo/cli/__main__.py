@@ -1,0 +1,3 @@
+from lora_dpo.cli import main
+
+main()

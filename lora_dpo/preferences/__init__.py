@@ -1,7 +1,7 @@
 """Public preference-data formats, read into one record that knows its file and row.
 
 The way of a row: `sources` finds files, `json_rows` and `tables` read them row by row, `layouts` (for SFT
-`demonstrations`, for KTO `ratings`) recognises each from its own columns, `validate` checks the conversation,
+`demonstrations`, for KTO `ratings`, for sampling `prompts`) recognises each from its own columns, `validate` checks the conversation,
 `building` makes the record, `mixture` weights, caps and splits, `mismatched` pairs ratings with the responses
 of others. `loading` puts them together.
 """
@@ -14,12 +14,14 @@ from lora_dpo.preferences.loading import (
     load_preferences,
     load_ratings,
 )
+from lora_dpo.preferences.prompts import load_prompts
 from lora_dpo.preferences.records import (
     AnyRecord,
     BadRowError,
     Demonstration,
     Message,
     Preference,
+    Prompt,
     Rating,
     Where,
 )
@@ -31,11 +33,13 @@ __all__ = [
     "Loaded",
     "Message",
     "Preference",
+    "Prompt",
     "Rating",
     "Where",
     "describe_ratings",
     "describe_skipped",
     "load_demonstrations",
     "load_preferences",
+    "load_prompts",
     "load_ratings",
 ]

@@ -60,12 +60,12 @@ def load_preferences(data: Data, *, seed: int = 0, base_dir: Path | None = None)
     base_dir: what relative paths start from (the working directory if None).
     Raises DataError for what cannot be read or used, with file and row; RecipeError for keys that contradict.
     """
-    return _load(data, PREFERENCES[data.format], seed, base_dir)
+    return load_records(data, PREFERENCES[data.format], seed, base_dir)
 
 
 def load_demonstrations(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> Loaded[Demonstration]:
     """As `load_preferences`, for SFT; of a preference pair the chosen response is taken."""
-    return _load(data, DEMONSTRATIONS[data.format], seed, base_dir)
+    return load_records(data, DEMONSTRATIONS[data.format], seed, base_dir)
 
 
 def load_ratings(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> Loaded[Rating]:
@@ -74,7 +74,7 @@ def load_ratings(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> 
     Every rating has another one's response beside its own (see `mismatched`), within training and within
     evaluation.
     """
-    loaded = _load(data, RATINGS[data.format], seed, base_dir)
+    loaded = load_records(data, RATINGS[data.format], seed, base_dir)
     for name, records in (("training", loaded.train), ("evaluation", loaded.eval)):
         if len(records) == 1:
             why = "KTO's estimate of the KL divergence takes the response of another one"
@@ -165,9 +165,10 @@ def _row(raw: object) -> Row:
     return {str(column): value for column, value in raw.items() if value is not None}
 
 
-def _load(
+def load_records(
     data: Data, build: Callable[[Row, Where], list[Record]], seed: int, base_dir: Path | None
 ) -> Loaded[Record]:
+    """The records that `build` makes of the rows, split as `data` says; see `load_preferences`."""
     train_sources, eval_sources = _sources(data.train), _sources(data.eval)
     _check(data, train_sources)
     reader = _Reader(data, build, base_dir)

@@ -1,9 +1,9 @@
 """Public preference-data formats, read into one record that knows its file and row.
 
 The way of a row: `sources` finds files, `json_rows` and `tables` read them row by row, `layouts` (for SFT
-`demonstrations`, for KTO `ratings`, for sampling `prompts`) recognises each from its own columns, `validate` checks the conversation,
-`building` makes the record, `mixture` weights, caps and splits, `mismatched` pairs ratings with the responses
-of others. `loading` puts them together.
+`demonstrations`, for KTO `ratings`, for sampling `prompts`) recognises each from its own columns, `validate`
+checks the conversation, `building` makes the record, `mixture` weights, caps and splits, `mismatched` pairs
+ratings with the responses of others. `loading` puts them together.
 """
 
 from lora_dpo.preferences.loading import (

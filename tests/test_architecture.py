@@ -27,6 +27,7 @@ LAYERS = [
     ["evaluation"],
     ["training"],
     ["finished"],
+    ["reward"],
     ["export"],
     ["quickstart"],
     ["cli"],

@@ -59,6 +59,15 @@ def test_a_base_whose_adapters_were_taken_off_is_the_base(small_model: Path, qua
     assert torch.equal(logits(own_attention(again)), alone)
 
 
+def test_a_score_head_goes_with_its_adapter(small_model: Path):
+    base = Base(str(small_model), compute_dtype="float32")
+    model = load_model(base)
+    names, fingerprint = [name for name, _ in model.network.named_modules()], base_fingerprint(model)
+    again = bare(load_model(base, Adapter(rank=4), reference=None, rewards=True, on=model))
+    assert [name for name, _ in again.network.named_modules()] == names
+    assert base_fingerprint(again) == fingerprint
+
+
 def test_a_run_on_the_base_in_memory_ends_with_the_adapter_of_a_run_that_loaded_its_own(recipe: Recipe):
     recipe = pinned(recipe)
     own = train(dataclasses.replace(recipe, run_directory=recipe.run_directory + "-own"), quiet=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from lora_dpo.errors import ModelError
 from lora_dpo.model.roles import Model
+from lora_dpo.model.score import SCORE, is_score_head
 from lora_dpo.ways import use_attention
 
 
@@ -25,6 +26,8 @@ def bare(model: Model) -> Model:
     network: Any = model.causal
     _unwrap(network)
     vars(network).pop("peft_config", None)
+    if is_score_head(getattr(network, SCORE, None)):
+        delattr(network, SCORE)  # a reward model's, and no part of the base
     for layer in dataclasses.replace(model, network=network).checkpointed_layers:
         layer.gradient_checkpointing = False
     use_attention(network, model.way)

@@ -171,7 +171,14 @@ def _load(
 ) -> Model:
     started = time.monotonic()
     reference = recipe.reference if recipe.loss.needs_reference else None
-    model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed, reference=reference, on=on)
+    model = load_model(
+        recipe.base,
+        recipe.adapter,
+        seed=recipe.training.seed,
+        reference=reference,
+        rewards=recipe.loss.needs.rewards,
+        on=on,
+    )
     if recipe.adapter.init == "eva":
         budget, seed = recipe.training.tokens_per_microbatch, recipe.training.seed
         count = start_from_data(model, data.train, tokens_per_microbatch=budget, seed=seed)

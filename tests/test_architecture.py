@@ -27,6 +27,7 @@ LAYERS = [
     ["evaluation"],
     ["training"],
     ["finished"],
+    ["answering"],
     ["export"],
     ["quickstart"],
     ["cli"],

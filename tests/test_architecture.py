@@ -27,7 +27,7 @@ LAYERS = [
     ["evaluation"],
     ["training"],
     ["finished"],
-    ["reward"],
+    ["reward", "answering"],
     ["export"],
     ["quickstart"],
     ["cli"],

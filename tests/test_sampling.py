@@ -148,14 +148,16 @@ def test_top_p_looks_at_probabilities_after_temperature():
 
 def test_padding_and_rows_of_the_head_beyond_the_tokenizer_are_never_drawn():
     tokenizer = small_tokenizer()
-    vocabulary, never = never_drawn(tokenizer, [tokenizer.eos_token_id])
-    assert vocabulary == len(tokenizer) and never == (tokenizer.pad_token_id,)
-    assert never_drawn(tokenizer, [tokenizer.pad_token_id])[1] == ()  # there it ends a turn
+    pad, stop = 0, 2
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (pad, stop)
+    vocabulary, never = never_drawn(tokenizer, [stop])
+    assert vocabulary == len(tokenizer) and never == (pad,)
+    assert never_drawn(tokenizer, [pad])[1] == ()  # there it ends a turn
     logits = torch.zeros(2000, 340)
     logits[:, len(tokenizer) :] = 50
-    logits[:, tokenizer.pad_token_id] = 50
+    logits[:, pad] = 50
     drawn = Chooser(1.0, 1.0, vocabulary, never)(logits, torch.from_numpy(uniforms(0, ["x"], [0], 2000)[0]))
-    assert drawn.max() < len(tokenizer) and tokenizer.pad_token_id not in drawn
+    assert drawn.max() < len(tokenizer) and pad not in drawn
     assert len(set(drawn.tolist())) >= len(tokenizer) - 5
 
 

@@ -12,9 +12,9 @@ from lora_dpo.preferences.loading import (
     describe_skipped,
     load_demonstrations,
     load_preferences,
+    load_prompts,
     load_ratings,
 )
-from lora_dpo.preferences.prompts import load_prompts
 from lora_dpo.preferences.records import (
     AnyRecord,
     BadRowError,

@@ -15,17 +15,20 @@ from lora_dpo.preferences.building import DEMONSTRATIONS, PREFERENCES, RATINGS
 from lora_dpo.preferences.mismatched import with_mismatched
 from lora_dpo.preferences.mixture import (
     Record,
+    digest,
     held_out_prompts,
     prompt_key,
     repeat,
     sample,
     without_prompts,
 )
+from lora_dpo.preferences.prompts import PROMPTS
 from lora_dpo.preferences.records import (
     AnyRecord,
     BadRowError,
     Demonstration,
     Preference,
+    Prompt,
     Rating,
     RefusalError,
     Row,
@@ -60,12 +63,12 @@ def load_preferences(data: Data, *, seed: int = 0, base_dir: Path | None = None)
     base_dir: what relative paths start from (the working directory if None).
     Raises DataError for what cannot be read or used, with file and row; RecipeError for keys that contradict.
     """
-    return load_records(data, PREFERENCES[data.format], seed, base_dir)
+    return _load(data, PREFERENCES[data.format], seed, base_dir)
 
 
 def load_demonstrations(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> Loaded[Demonstration]:
     """As `load_preferences`, for SFT; of a preference pair the chosen response is taken."""
-    return load_records(data, DEMONSTRATIONS[data.format], seed, base_dir)
+    return _load(data, DEMONSTRATIONS[data.format], seed, base_dir)
 
 
 def load_ratings(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> Loaded[Rating]:
@@ -74,12 +77,25 @@ def load_ratings(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> 
     Every rating has another one's response beside its own (see `mismatched`), within training and within
     evaluation.
     """
-    loaded = load_records(data, RATINGS[data.format], seed, base_dir)
+    loaded = _load(data, RATINGS[data.format], seed, base_dir)
     for name, records in (("training", loaded.train), ("evaluation", loaded.eval)):
         if len(records) == 1:
             why = "KTO's estimate of the KL divergence takes the response of another one"
             raise DataError(f"{records[0].where} is the only rating for {name}: {why}")
     return replace(loaded, train=with_mismatched(loaded.train), eval=with_mismatched(loaded.eval))
+
+
+def load_prompts(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> Loaded[Prompt]:
+    """As `load_preferences`, of any rows with a prompt, whatever else they hold; every prompt once."""
+    loaded = _load(data, PROMPTS[data.format], seed, base_dir)
+    return replace(loaded, train=_distinct(loaded.train), eval=_distinct(loaded.eval))
+
+
+def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    found: dict[bytes, Prompt] = {}
+    for item in prompts:
+        found.setdefault(digest([item.prompt, item.tools, item.template_kwargs]), item)
+    return list(found.values())
 
 
 def describe_ratings(records: Sequence[AnyRecord]) -> list[str]:
@@ -165,10 +181,9 @@ def _row(raw: object) -> Row:
     return {str(column): value for column, value in raw.items() if value is not None}
 
 
-def load_records(
+def _load(
     data: Data, build: Callable[[Row, Where], list[Record]], seed: int, base_dir: Path | None
 ) -> Loaded[Record]:
-    """The records that `build` makes of the rows, split as `data` says; see `load_preferences`."""
     train_sources, eval_sources = _sources(data.train), _sources(data.eval)
     _check(data, train_sources)
     reader = _Reader(data, build, base_dir)

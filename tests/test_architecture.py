@@ -27,7 +27,8 @@ LAYERS = [
     ["evaluation"],
     ["training"],
     ["finished"],
-    ["export"],
+    ["export", "reward"],
+    ["judging"],
     ["quickstart"],
     ["cli"],
 ]

@@ -164,7 +164,10 @@ def objective(facts: Facts) -> str:
         )
     texts = [text for text in map(_formula, _objectives(loss)) if text]
     if texts:
-        parts += [fenced("\n\n".join(texts), "text"), SYMBOLS if loss.records == "pairs" else ""]
+        parts += [
+            fenced("\n\n".join(texts), "text"),
+            SYMBOLS if loss.records == "pairs" and not loss.needs.rewards else "",
+        ]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -1,6 +1,6 @@
 """A reward model's held-out accuracy beside DPO's implicit reward, both trained on the same rows.
 
-    python tests/benchmarks/reward_accuracy.py [--seeds 0,1,2] [--epochs 3] [--tune] [--json FILE] [key=value …]
+    python tests/benchmarks/reward_accuracy.py [--seeds 0,1,2] [--epochs 3] [--tune] [key=value …]
 
 Trains ../shared/models/chat-10m on ../shared/data/politeness_900.json (NF4): all rows but the last 100, less
 those whose prompt is among the held-out ones. --tune holds out the 100 rows before instead and never looks

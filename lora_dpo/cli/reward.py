@@ -12,7 +12,7 @@ from lora_dpo.cli.app import app
 from lora_dpo.cli.scripts import names_in, until_stopped
 from lora_dpo.cli.training import TAKES_KEYS
 
-reward_app = typer.Typer(help="Reward models, and other judges of responses.", no_args_is_help=True)
+reward_app = typer.Typer(help="Reward models and other judges.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(reward_app, name="reward")
 
 
@@ -52,8 +52,6 @@ def _conclude(run: Path) -> None:
         said = f"{result.metrics['rewards/accuracy']} on {result.examples} held-out pairs"
         display.say(f"accuracy: {said} (mean with 95% bootstrap interval)")
     else:
-        display.say(
-            "accuracy: not measured, for no pairs were held out (data.eval_fraction=0.1 holds out some)"
-        )
+        display.say("accuracy: not measured without held-out pairs (data.eval_fraction=0.1 holds out some)")
     display.say(f"reward:   lora-dpo reward score FILE --judge reward:{run}")
     display.say(f"export:   lora-dpo export {run} --to adapter")

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from lora_dpo.batching import MicroBatch, Way, cost, halved, pack
 from lora_dpo.errors import RunError
-from lora_dpo.logprobs import token_divergence, token_logprobs, token_logprobs_and_square_sums
+from lora_dpo.logprobs import (
+    sequence_rewards,
+    token_divergence,
+    token_logprobs,
+    token_logprobs_and_square_sums,
+)
 from lora_dpo.losses import LogProbs, Objective, TokenLogProbs, Totals, preferred, weighted
 from lora_dpo.model import Model, as_policy, without_dropout
 from lora_dpo.out_of_memory import give_back_memory, is_out_of_memory
@@ -100,7 +105,7 @@ def _rows(objective: Objective, logprobs: LogProbs) -> dict[str, Tensor]:
     """Every metric of every example, name → [B]."""
     loss = objective(logprobs)
     rows = {"loss": weighted(loss, logprobs), **loss.metrics}
-    if objective.records == "pairs":
+    if objective.records == "pairs" and not objective.needs.rewards:
         rows["logps/accuracy"] = preferred(*logprobs.policy.unbind(1))
     for side, name in enumerate(objective.sides):
         rows[f"tokens/{name}"] = logprobs.lengths[:, side]
@@ -215,7 +220,10 @@ def batch_logprobs(
 
     The reference's log-probs come from `cache` where one is given; committing is the caller's. totals: of the
     step that the batch belongs to. policy_only: leave the reference out, though it is needed.
+    An objective of rewards is given those in place of log-probs.
     """
+    if objective.needs.rewards:
+        return _batch_rewards(model, batch, totals)
     needs, reference, square_sum, divergence = objective.needs, None, None, None
     if needs.divergence:
         policy, divergence, reference, square_sum = token_divergence(model, batch)
@@ -239,6 +247,12 @@ def batch_logprobs(
         tokens=tokens,
         totals=totals,
     )
+
+
+def _batch_rewards(model: Model, batch: MicroBatch, totals: Totals | None) -> LogProbs:
+    with as_policy(model):
+        rewards = sequence_rewards(model, batch).double()
+    return LogProbs(rewards, None, batch.scored_lengths(), batch.values, totals=totals)
 
 
 def bootstrap(values: Tensor, *, samples: int = BOOTSTRAP_SAMPLES, seed: int = 0) -> Interval:

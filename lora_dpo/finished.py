@@ -84,7 +84,8 @@ def open_finished(
         held_out = HeldOut([], [], chat_tokenizer(tokenizer, recipe.data))
     adapters = str(directory.adapter_folder), reference_of(directory, recipe)
     check_early(recipe.base, adapters[0], "the adapter")
-    model = load_adapter(load_model(recipe.base), adapters[0], reference=adapters[1])
+    kind = "reward" if recipe.loss.needs.rewards else "policy"
+    model = load_adapter(load_model(recipe.base), adapters[0], reference=adapters[1], kind=kind)
     record, template = read_record(directory.adapter_folder), held_out.tokenizer.chat_template
     for line in record_notes(record, recipe.base, template, f"the adapter in {adapters[0]}"):
         display.say(line)

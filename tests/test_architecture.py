@@ -27,8 +27,9 @@ LAYERS = [
     ["evaluation"],
     ["training"],
     ["finished"],
-    ["export", "reward"],
+    ["reward"],
     ["judging"],
+    ["export"],
     ["quickstart"],
     ["cli"],
 ]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerBase
 
-from lora_dpo.judging.judges import Candidates
-from lora_dpo.preferences import Demonstration, Where
+from lora_dpo.judging.judges import Candidates, where
+from lora_dpo.preferences import Demonstration
 from lora_dpo.tokenization import Branches, ChatTokenizer
 
 NO_LIMIT = 2**30
@@ -24,10 +24,6 @@ class Conversations:
             response if isinstance(candidates.prompt, str) else ({"role": "assistant", "content": response},)
         )
         record = Demonstration(
-            candidates.prompt, answer, self.where(candidates), candidates.tools, candidates.template_kwargs
+            candidates.prompt, answer, where(candidates), candidates.tools, candidates.template_kwargs
         )
         return self._chat.branches(record)
-
-    @staticmethod
-    def where(candidates: Candidates) -> Where:
-        return Where(f"prompt {candidates.id}", 1)

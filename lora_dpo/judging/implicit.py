@@ -17,7 +17,7 @@ from lora_dpo.errors import ModelError
 from lora_dpo.evaluation import each_microbatch
 from lora_dpo.judging.conversations import Conversations
 from lora_dpo.judging.identity import model_fingerprint
-from lora_dpo.judging.judges import Candidates, distinct, fingerprint
+from lora_dpo.judging.judges import Candidates, distinct, fingerprint, where
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.model import Model, as_policy
 from lora_dpo.reference import reference_logprobs
@@ -104,7 +104,7 @@ class ImplicitJudge:
                 mask[np.flatnonzero(mask)[-1]] = False  # an end-of-turn that nobody said
             sides.append(item.side(0))
             masks.append(mask)
-        return share(sides, masks, self._conversations.where(candidates)), places
+        return share(sides, masks, where(candidates)), places
 
 
 def _alike(items: Sequence[Branches]) -> Iterator[list[int]]:

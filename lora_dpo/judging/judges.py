@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import xxhash
 
 from lora_dpo.errors import RunError
-from lora_dpo.preferences import Message
+from lora_dpo.preferences import Message, Where
 
 Item = TypeVar("Item")
 
@@ -34,6 +34,11 @@ class Candidates:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     tokens: tuple[int, ...] = ()
     finished: tuple[bool, ...] = ()
+
+
+def where(candidates: Candidates) -> Where:
+    """A prompt's place, for errors."""
+    return Where(f"prompt {candidates.id}", 1)
 
 
 class JudgeProtocol(Protocol):

@@ -13,6 +13,7 @@ from lora_dpo.judging.endpoint import EndpointJudge
 from lora_dpo.judging.function import FunctionJudge, function_judge
 from lora_dpo.judging.implicit import BETA, ImplicitJudge
 from lora_dpo.judging.judges import JudgeProtocol
+from lora_dpo.judging.reward_model import RewardJudge
 from lora_dpo.model import Model, load_adapter
 from lora_dpo.recipe import Judge, Recipe, load_recipe
 from lora_dpo.run_directory import RunDirectory
@@ -45,9 +46,7 @@ def make_judge(
         return _implicit(judge, model, chat, say)
     if model is None or chat is None:
         raise RecipeError(f"judge.of got {judge.of!r}: a reward model needs its base: name it with --base")
-    from lora_dpo.judging.reward_model import RewardJudge
-
-    return RewardJudge(judge, model, chat)
+    return RewardJudge(judge, model, chat, say)
 
 
 def _implicit(

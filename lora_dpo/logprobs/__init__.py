@@ -1,10 +1,11 @@
-"""A micro-batch through the base in a role → the log-probs of its scored tokens.
+"""A micro-batch through the base in a role → the log-probs of its scored tokens, or the rewards of its sides.
 
 Only score rows reach the LM head, and logits exist by tiles of rows and tokens: what they take depends
 neither on how many rows there are nor on the vocabulary.
 """
 
 from lora_dpo.logprobs.head import FrozenHead, Head, head_is_frozen, vocabulary
+from lora_dpo.logprobs.rewards import sequence_rewards
 from lora_dpo.logprobs.tokens import (
     token_divergence,
     token_logprobs,
@@ -18,6 +19,7 @@ __all__ = [
     "Head",
     "LogitTransform",
     "head_is_frozen",
+    "sequence_rewards",
     "token_divergence",
     "token_logprobs",
     "token_logprobs_and_distributions",

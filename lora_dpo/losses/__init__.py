@@ -1,7 +1,7 @@
 """Objectives: the log-probs of a step in, one loss an example out.
 
 `margin` holds the ones people use most; `paired`, `tokenwise` and `whole_step` the rest, by what they look
-at.
+at; `reward` those of a reward model.
 """
 
 from lora_dpo.losses.margin import DPO, EXO, IPO, DiscoPOP, Hinge, RobustDPO
@@ -16,9 +16,11 @@ from lora_dpo.losses.objective import (
     Totals,
     preference_metrics,
     preferred,
+    reward_metrics,
     weighted,
 )
 from lora_dpo.losses.paired import CPO, DPOP, NCA, ORPO, RPO, SFT, SPPO, APODown, APOZero, ChosenSFT, SimPO
+from lora_dpo.losses.reward import BradleyTerry
 from lora_dpo.losses.sums import Sum
 from lora_dpo.losses.tokenwise import LDDPO, TDPO, WPO
 from lora_dpo.losses.whole_step import AOT, BCO, KTO, BetaDPO
@@ -28,6 +30,7 @@ _ALL = (
     *(SFT, ChosenSFT, SimPO, ORPO, CPO, RPO, DPOP, NCA, SPPO, APOZero, APODown),
     *(LDDPO, WPO, TDPO),
     *(AOT, BCO, BetaDPO, KTO),
+    BradleyTerry,
     Sum,
 )
 
@@ -56,6 +59,7 @@ __all__ = [
     "APODown",
     "APOZero",
     "BetaDPO",
+    "BradleyTerry",
     "ChosenSFT",
     "DiscoPOP",
     "Hinge",
@@ -71,5 +75,6 @@ __all__ = [
     "Totals",
     "preference_metrics",
     "preferred",
+    "reward_metrics",
     "weighted",
 ]

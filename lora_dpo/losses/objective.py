@@ -40,14 +40,15 @@ Records = Literal["pairs", "demonstrations", "ratings"]
 class Needs:
     """What is computed for an objective, and how its step runs.
 
-    reference: reference log-probs. tokens: log-probs token by token (`LogProbs.tokens`). square_sum: with
-    them log Σ_v p_v² of the policy at each token. divergence: with them KL(reference ‖ policy) at each token,
+    reference: reference log-probs. rewards: the scalar rewards of a score head on the policy's adapter, in
+    place of all log-probs. tokens: log-probs token by token (`LogProbs.tokens`). square_sum: with them log
+    Σ_v p_v² of the policy at each token. divergence: with them KL(reference ‖ policy) at each token,
     differentiable; both distributions are made together, so reference log-probs come from no cache.
     whole_step: the loss of an example depends on the step's others, or on state: a pass without gradients
-    first, then the gradient at its log-probs, then every micro-batch again with its share.
-    trained_sides: the sides that get a gradient, where others are only looked at (whole_step; with tokens,
-    or adapter dropout, all sides run again all the same). ranks: losses
-    belong to ranks among the step's examples, so that no example can be weighted.
+    first, then the gradient at its log-probs, then every micro-batch again with its share. trained_sides: the
+    sides that get a gradient, where others are only looked at (whole_step; with tokens, or adapter dropout,
+    all sides run again all the same). ranks: losses belong to ranks among the step's examples, so that no
+    example can be weighted.
     """
 
     reference: bool = True
@@ -57,9 +58,10 @@ class Needs:
     whole_step: bool = False
     trained_sides: tuple[int, ...] | None = None
     ranks: bool = False
+    rewards: bool = False
 
     def __or__(self, other: Needs) -> Needs:
-        flags = ("reference", "tokens", "square_sum", "divergence", "whole_step", "ranks")
+        flags = ("reference", "tokens", "square_sum", "divergence", "whole_step", "ranks", "rewards")
         both = {name: getattr(self, name) or getattr(other, name) for name in flags}
         same = self.trained_sides == other.trained_sides
         return Needs(**both, trained_sides=self.trained_sides if same else None)
@@ -93,11 +95,12 @@ class TokenLogProbs:
 class LogProbs:
     """Log-probs of B examples with k sides each, summed over scored tokens.
 
-    policy: float64 [B, k], carries the gradient. reference: float64 [B, k] without gradient, or None for an
-    objective that needs none. lengths: int64 [B, k], the number of scored tokens. values: the data's own
-    numbers by name, float64 [B]: weight and margin of pairs, weight and desirable of ratings. totals: of the
-    step that these belong to; by itself, these are the step. state: what the objective returned as
-    `Loss.state` after the last step; empty at the start, and in evaluation.
+    policy: float64 [B, k], carries the gradient; the rewards of the sides, where those are what the objective
+    needs. reference: float64 [B, k] without gradient, or None for an objective that needs none. lengths:
+    int64 [B, k], the number of scored tokens. values: the data's own numbers by name, float64 [B]: weight and
+    margin of pairs, weight and desirable of ratings. totals: of the step that these belong to; by itself,
+    these are the step. state: what the objective returned as `Loss.state` after the last step; empty at the
+    start, and in evaluation.
     """
 
     policy: Tensor
@@ -298,21 +301,26 @@ def weighted(loss: Loss, logprobs: LogProbs) -> Tensor:
     return loss.per_example if weight is None else loss.per_example * weight
 
 
-def preference_metrics(rewards: Tensor, logprobs: LogProbs) -> dict[str, Tensor]:
-    """What is recorded of a pair: rewards float [B, 2], implicit ones such as β times the log-ratio.
+def reward_metrics(rewards: Tensor) -> dict[str, Tensor]:
+    """What is recorded of a pair's rewards, float [B, 2].
 
     A pair whose rewards tie counts as half right, so that an untrained policy stands at 0.5.
     """
     chosen, rejected = rewards.detach().unbind(1)
-    policy = logprobs.policy.detach()
-    metrics = {
+    return {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margin": chosen - rejected,
         "rewards/accuracy": preferred(chosen, rejected),
-        "logps/chosen": policy[:, 0],
-        "logps/rejected": policy[:, 1],
     }
+
+
+def preference_metrics(rewards: Tensor, logprobs: LogProbs) -> dict[str, Tensor]:
+    """What is recorded of a pair: `reward_metrics` of rewards [B, 2], implicit ones such as β times the
+    log-ratio, and its log-probs.
+    """
+    policy = logprobs.policy.detach()
+    metrics = reward_metrics(rewards) | {"logps/chosen": policy[:, 0], "logps/rejected": policy[:, 1]}
     if logprobs.reference is not None:
         change = logprobs.log_ratio.detach()
         metrics |= {"logps/chosen_change": change[:, 0], "logps/rejected_change": change[:, 1]}

@@ -37,6 +37,12 @@ class Sum(Objective):
         if len(kinds) > 1:
             names = ", ".join(type(term).__name__ for term in self.terms)
             raise RecipeError(f"loss.terms got {names}, which are for different data")
+        if len({term.needs.rewards for term in self.terms}) > 1:
+            names = ", ".join(type(term).__name__ for term in self.terms)
+            raise RecipeError(
+                f"loss.terms got {names}, of which some look at the rewards of a score head and others at"
+                " log-probs: train one of both"
+            )
 
     @property
     def sides(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

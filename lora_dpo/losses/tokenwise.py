@@ -35,6 +35,10 @@ class Wrapper(Objective):
             raise RecipeError(
                 f"loss.of got {type(self.of).__name__}, which is for {self.of.records}, not pairs"
             )
+        if self.of.needs.rewards:
+            raise RecipeError(
+                f"loss.of got {type(self.of).__name__}, which looks at rewards: they have no tokens to change"
+            )
 
     @property
     def sides(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]

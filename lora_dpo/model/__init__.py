@@ -6,14 +6,25 @@ from lora_dpo.model.dora import SMALLEST_NORM, dora_matrix
 from lora_dpo.model.loading import (
     POLICY,
     REFERENCE,
+    REWARD,
     check_early,
     load_adapter,
     load_model,
+    put_reward,
     sync_reference,
 )
 from lora_dpo.model.low_rank import INITIAL
-from lora_dpo.model.roles import Model, as_base, as_policy, as_reference, generating, without_dropout
+from lora_dpo.model.roles import (
+    Model,
+    as_base,
+    as_policy,
+    as_reference,
+    as_reward,
+    generating,
+    without_dropout,
+)
 from lora_dpo.model.saved import adapter_tensors, find_adapter, read_adapter, write_adapter
+from lora_dpo.model.score import is_score_head, score_weight
 from lora_dpo.model.stored import Stored, read_header, weight_files
 from lora_dpo.model.trained_on import (
     RECORD,
@@ -33,6 +44,7 @@ __all__ = [
     "POLICY",
     "RECORD",
     "REFERENCE",
+    "REWARD",
     "SMALLEST_NORM",
     "Model",
     "Stored",
@@ -42,6 +54,7 @@ __all__ = [
     "as_base",
     "as_policy",
     "as_reference",
+    "as_reward",
     "check_base",
     "check_early",
     "content_hash",
@@ -49,6 +62,7 @@ __all__ = [
     "dora_matrix",
     "find_adapter",
     "generating",
+    "is_score_head",
     "load_adapter",
     "load_base",
     "load_config",
@@ -56,6 +70,7 @@ __all__ = [
     "load_tokenizer",
     "pick_compute_dtype",
     "pick_device",
+    "put_reward",
     "read_adapter",
     "read_header",
     "read_record",
@@ -63,6 +78,7 @@ __all__ = [
     "record_of",
     "save_adapter",
     "save_for_resuming",
+    "score_weight",
     "sync_reference",
     "template_hash",
     "weight_files",

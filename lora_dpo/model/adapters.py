@@ -23,6 +23,7 @@ from lora_dpo.model.initial import save_doubled, start_from_base, start_tensors
 from lora_dpo.model.low_rank import INITIAL
 from lora_dpo.model.roles import Model, with_adapter
 from lora_dpo.model.saved import adapter_tensors, write_adapter
+from lora_dpo.model.score import SCORE, add_score_head, tell_task
 from lora_dpo.model.targets import (
     adapted_modules,
     check_experts,
@@ -38,13 +39,16 @@ TRAINED = "default"
 """PEFT's name for the adapter that is trained."""
 
 
-def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
+def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0, rewards: bool = False) -> Model:
     """A fresh adapter in float32 on the base; only its parameters require gradients.
 
-    adapter.init=eva starts as the default does; `training.eva` then gives A its values. Raises ModelError
-    where the adapter names what the base doesn't have, or what couldn't be merged.
+    adapter.init=eva starts as the default does; `training.eva` then gives A its values. rewards: with a score
+    head of zeros, as a reward model. Raises ModelError where the adapter names what the base doesn't have, or
+    what couldn't be merged.
     """
-    config = _peft_config(model, adapter)
+    if rewards:
+        add_score_head(model.causal)
+    config = _peft_config(model, adapter, [SCORE] if rewards else [])
     # The seed stands right before the adapter is made: whatever loaded before it can't move its values.
     torch.manual_seed(seed)
     try:
@@ -54,6 +58,7 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
             network = get_peft_model(model.causal, config)
     except (ValueError, TypeError) as error:
         raise ModelError(f"adapter.targets {adapter.targets}: {error}") from error
+    tell_task(network, TRAINED)
     policy = (TRAINED,)
     if adapter.init in ("pissa", "olora"):
         start_from_base(network, adapter.init)
@@ -64,7 +69,8 @@ def add_adapter(model: Model, adapter: Adapter, *, seed: int = 0) -> Model:
     return adapted
 
 
-def _peft_config(model: Model, adapter: Adapter) -> LoraConfig:
+def _peft_config(model: Model, adapter: Adapter, heads: list[str]) -> LoraConfig:
+    """heads: modules that are trained in full besides those that the adapter names."""
     network = model.causal
     targets = target_modules(network, adapter)
     adapted = adapted_modules(network, adapter)
@@ -79,7 +85,7 @@ def _peft_config(model: Model, adapter: Adapter) -> LoraConfig:
         target_modules=targets,
         exclude_modules=not_plain(network) if targets == "all-linear" else None,
         target_parameters=list(adapter.expert_targets) or None,
-        modules_to_save=saved_modules(network, adapter) or None,
+        modules_to_save=list(dict.fromkeys([*saved_modules(network, adapter), *heads])) or None,
         trainable_token_indices=_tokens(model, adapter),
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,

@@ -19,25 +19,33 @@ from lora_dpo.model.saved import (
     in_memory,
     put_on,
     read_adapter,
+    with_new_score,
 )
+from lora_dpo.model.score import Kind
 from lora_dpo.model.stored import weight_files
 from lora_dpo.model.trained_on import check_base, read_record
 from lora_dpo.recipe import Adapter, Base, Reference
 
-POLICY, REFERENCE = "default", "reference"
-"""peft's names of the adapter that is trained and of the frozen one."""
+POLICY, REFERENCE, REWARD = "default", "reference", "reward"
+"""peft's names of the adapter that is trained and of the frozen ones."""
 
 AUTO = Reference()
 
 
 def load_model(
-    base: Base, adapter: Adapter | None = None, *, seed: int = 0, reference: Reference | None = AUTO
+    base: Base,
+    adapter: Adapter | None = None,
+    *,
+    seed: int = 0,
+    reference: Reference | None = AUTO,
+    rewards: bool = False,
 ) -> Model:
     """The base, with an adapter to train where one is given, and with its reference.
 
     A fresh adapter's initial values are a function of the seed. reference: None loads none, for an objective
-    that needs none. Raises ModelError or RecipeError where something can't be had, or an adapter was trained
-    on another base.
+    that needs none. rewards: the adapter is trained as a reward model, with a score head; one from a folder
+    may be a language model's. Raises ModelError or RecipeError where something can't be had, or an adapter
+    was trained on another base.
     """
     tokenizer = load_tokenizer(base)
     verdict = verdict_on(base)
@@ -50,16 +58,21 @@ def load_model(
     if adapter is None:
         return model
     started = adapter.start_from is not None
-    model = _start_from(model, adapter) if started else add_adapter(model, adapter, seed=seed)
+    if started:
+        model = _start_from(model, adapter, rewards)
+    else:
+        model = add_adapter(model, adapter, seed=seed, rewards=rewards)
     return model if reference is None else _with_reference(model, adapter, reference)
 
 
-def load_adapter(model: Model, folder: str, *, reference: str | None = None) -> Model:
+def load_adapter(model: Model, folder: str, *, reference: str | None = None, kind: Kind = "policy") -> Model:
     """A base with a finished adapter from a folder, frozen; and with another one as its reference.
+
+    kind: whose it must be; a reward model's is then on in the policy's role, as it was trained.
 
     Raises ModelError where one of them can't be used, or was trained on another base.
     """
-    model = _put(model, read_adapter(folder, "the adapter"), POLICY)
+    model = _put(model, read_adapter(folder, "the adapter", kind=kind), POLICY)
     if reference is None:
         return model
     return _put(model, read_adapter(reference, "the reference"), REFERENCE, reference_adapters=(REFERENCE,))
@@ -81,11 +94,13 @@ def check_early(base: Base, folder: str | None, key: str) -> None:
     check_base(record, base, f"{key}: the adapter in {place}")
 
 
-def _start_from(model: Model, adapter: Adapter) -> Model:
+def _start_from(model: Model, adapter: Adapter, rewards: bool) -> Model:
     """The policy is the adapter of a folder, complete, in float32; its dropout is the recipe's."""
     assert adapter.start_from is not None
-    saved = read_adapter(adapter.start_from, "adapter.start_from")
+    saved = read_adapter(adapter.start_from, "adapter.start_from", kind="any" if rewards else "policy")
     check_left_out(adapter, saved)
+    if rewards:
+        saved = with_new_score(saved, model.causal.config.get_text_config().hidden_size)
     return _put(model, saved, POLICY, trainable=True, dropout=adapter.dropout)
 
 
@@ -125,6 +140,18 @@ def _put(
         dropout=dropout,
     )
     return with_adapter(network, model, **changes)
+
+
+def put_reward(model: Model, folder: str, key: str = "the reward model") -> Model:
+    """The model with a reward model's adapter and score head more, frozen, for `as_reward`.
+
+    Policy and reference stay as they are; one that was there before is another's name, and is refused.
+    Raises ModelError where it can't be used, or was trained on another base.
+    """
+    if model.reward_adapters:
+        raise ModelError(f"{key}: there is a reward model on this base already")
+    saved = read_adapter(folder, key, kind="reward")
+    return _put(model, saved, REWARD, reward_adapters=(REWARD,))
 
 
 def sync_reference(model: Model) -> None:

@@ -37,9 +37,10 @@ class Model:
     verdict: the way that micro-batches run through it, and why. offloading: what a forward pass saves for the
     backward pass waits in host memory.
     policy_adapters, reference_adapters: peft's names of the adapters that are on in that role; where there
-    are none, all are off and the base speaks. starts_as_reference: whether an untrained policy is its
-    reference, to the bit. unquantized: bytes of the base that are not quantized, by what they are. base: what
-    it was loaded from; None for a model that was made otherwise.
+    are none, all are off and the base speaks. reward_adapters: that of a reward model beside them.
+    starts_as_reference: whether an untrained policy is its reference, to the bit. unquantized: bytes of the
+    base that are not quantized, by what they are. base: what it was loaded from; None for a model that was
+    made otherwise.
     """
 
     network: PreTrainedModel | PeftModel
@@ -49,6 +50,7 @@ class Model:
     offloading: bool = False
     policy_adapters: tuple[str, ...] = ("default",)
     reference_adapters: tuple[str, ...] = ()
+    reward_adapters: tuple[str, ...] = ()
     starts_as_reference: bool = True
     unquantized: Mapping[str, int] = field(default_factory=dict)
     base: Base | None = None
@@ -80,7 +82,8 @@ class Model:
 
     @cached_property
     def switches(self) -> list[Switch]:
-        return switches_of(self.network, self.policy_adapters, self.reference_adapters)
+        roles = self.policy_adapters, self.reference_adapters, self.reward_adapters
+        return switches_of(self.network, *roles)
 
     @cached_property
     def checkpointed_layers(self) -> list[GradientCheckpointingLayer]:
@@ -162,6 +165,23 @@ def as_reference(model: Model) -> Iterator[None]:
     """
     for switch in model.switches:
         switch.attributes.update(switch.reference)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        _to_policy(model)
+
+
+@contextmanager
+def as_reward(model: Model) -> Iterator[None]:
+    """The frozen reward model's adapter and score head on. No gradients.
+
+    Raises ModelError where there is none.
+    """
+    if not model.reward_adapters:
+        raise ModelError("there is no reward model on this base: RewardModel.put_on puts one there")
+    for switch in model.switches:
+        switch.attributes.update(switch.reward)
     try:
         with torch.no_grad():
             yield

@@ -27,6 +27,17 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_dpo.errors import ModelError, RecipeError
 from lora_dpo.model.adapter_config import check_tensors, lora_config
+from lora_dpo.model.score import (
+    KEY,
+    SCORE,
+    TASK,
+    Kind,
+    add_score_head,
+    check_kind,
+    check_score,
+    holds_score,
+    tell_task,
+)
 from lora_dpo.model.trained_on import TrainedOn, read_record
 from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Adapter
@@ -70,6 +81,11 @@ class SavedAdapter:
     folder: str
     record: TrainedOn | None = None
 
+    @property
+    def is_reward(self) -> bool:
+        """Whether it is a reward model's, with a score head."""
+        return KEY in self.tensors
+
 
 def find_adapter(path: str, key: str) -> Path:
     """The folder with the adapter's files: the one given, a run directory's, or the only one inside.
@@ -96,15 +112,16 @@ def find_adapter(path: str, key: str) -> Path:
     return inside[0]
 
 
-def read_adapter(path: str, key: str, *, shapes_only: bool = False) -> SavedAdapter:
+def read_adapter(path: str, key: str, *, shapes_only: bool = False, kind: Kind = "policy") -> SavedAdapter:
     """An adapter from its folder. Raises ModelError for what can't be used, with the reason.
 
-    shapes_only: its tensors come without values, on the meta device.
+    shapes_only: its tensors come without values, on the meta device. kind: whose adapter it must be.
     """
     folder = find_adapter(path, key)
     what = f"{key}: the adapter in {folder}"
     values = read_json(folder / CONFIG, key)
     _refuse_unusual(values, what)
+    check_kind(values, kind, what)
     if not (folder / TENSORS).is_file():
         raise ModelError(f"{key}: there is no {TENSORS} in {folder} (pickled .bin files are not opened)")
     config = lora_config(values, what)
@@ -113,7 +130,21 @@ def read_adapter(path: str, key: str, *, shapes_only: bool = False) -> SavedAdap
     except Exception as error:  # what safetensors and torch raise over odd headers is of many kinds
         raise ModelError(f"{key}: {folder / TENSORS} cannot be read: {error}") from error
     check_tensors(config, tensors, what)
+    if config.task_type == TASK:
+        check_score(tensors, what)
+        # PEFT names both heads that such a model might have; a second one is no part of any base here.
+        kept = {name for name in config.modules_to_save or () if name != "classifier"}
+        config.modules_to_save = sorted(kept | {SCORE})
     return SavedAdapter(config, tensors, key, str(folder), read_record(folder))
+
+
+def with_new_score(saved: SavedAdapter, width: int) -> SavedAdapter:
+    """The adapter as a reward model's: with a score head of zeros where it has none."""
+    if saved.is_reward:
+        return saved
+    config = copy.deepcopy(saved.config)
+    config.modules_to_save = [*(config.modules_to_save or ()), SCORE]
+    return dataclasses.replace(saved, config=config, tensors={**saved.tensors, KEY: torch.zeros(1, width)})
 
 
 def _shapes(file: Path) -> dict[str, Tensor]:
@@ -131,7 +162,7 @@ def _refuse_unusual(values: dict[str, Any], what: str) -> None:
     kind, task = (str(values[name]) if values.get(name) else None for name in ("peft_type", "task_type"))
     if kind != "LORA":
         raise ModelError(f"{what} is of the kind {kind}; LoRA adapters are taken")
-    if task not in (None, "CAUSAL_LM"):
+    if task not in (None, "CAUSAL_LM", TASK):
         raise ModelError(f"{what} was trained for {task}; those of causal language models are taken")
     for name, why in REFUSED.items():
         if values.get(name) not in (None, False, "none", [], {}):
@@ -195,6 +226,9 @@ def put_on(
     config.task_type = "CAUSAL_LM"
     config.revision = None
     config.fan_in_fan_out = any(isinstance(module, Conv1D) for module in network.modules())
+    if holds_score(config.modules_to_save):
+        causal = network.get_base_model() if isinstance(network, PeftModel) else network
+        add_score_head(cast(PreTrainedModel, causal))
     # peft freezes or thaws what is there already: saved modules of the adapter that is on, above all.
     flags = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     try:
@@ -205,6 +239,7 @@ def put_on(
         raise _does_not_fit(saved, f"{error}") from error
     for parameter, flag in flags:
         parameter.requires_grad_(flag)
+    tell_task(adapted, name)
     ask_for_own_tokens(adapted)
     new = parameters_of(adapted, name)
     widen_copies(adapted)

@@ -25,15 +25,18 @@ class Switch:
     attributes: dict[str, Any]
     policy: dict[str, Any]
     reference: dict[str, Any]
+    reward: dict[str, Any]
 
 
-def switches_of(network: nn.Module, policy: Sequence[str], reference: Sequence[str]) -> list[Switch]:
+def switches_of(
+    network: nn.Module, policy: Sequence[str], reference: Sequence[str], reward: Sequence[str] = ()
+) -> list[Switch]:
     """One for every module that an adapter is on: peft's tuner layers, whole saved modules, trained tokens.
 
-    policy, reference: the names of the adapters that are on in that role; none is all off.
+    policy, reference, reward: the names of the adapters that are on in that role; none is all off.
     """
     return [
-        Switch(vars(module), _on(module, policy), _on(module, reference))
+        Switch(vars(module), _on(module, policy), _on(module, reference), _on(module, reward))
         for module in network.modules()
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
     ]

@@ -6,6 +6,7 @@ from lora_dpo.reference.identity import (
     BASE,
     adapter_fingerprint,
     base_fingerprint,
+    fingerprint_in_memory,
     reference_fingerprint,
     reference_identity,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "ReferenceCache",
     "adapter_fingerprint",
     "base_fingerprint",
+    "fingerprint_in_memory",
     "reference_fingerprint",
     "reference_identity",
     "reference_logprobs",

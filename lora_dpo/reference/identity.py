@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from lora_dpo.model import Model, adapter_tensors
+from lora_dpo.model import Model, adapter_tensors, is_score_head
 
 BASE = "base"
 """The reference fingerprint of the base with its adapters off."""
@@ -79,16 +79,19 @@ def reference_fingerprint(model: Model) -> str:
     """Who speaks as this model's reference now: `BASE`, or a hash of the adapters that are on then."""
     if not model.reference_adapters:
         return BASE
+    prints = [fingerprint_in_memory(model, name) for name in model.reference_adapters]
+    return prints[0] if len(prints) == 1 else xxhash.xxh3_128_hexdigest(_canonical(prints))
+
+
+def fingerprint_in_memory(model: Model, name: str) -> str:
+    """A hash of an adapter of the model by peft's name of it, score head included."""
     network = model.network
     assert isinstance(network, PeftModel)
     usual = LoraConfig().to_dict()
-    prints = []
-    for name in model.reference_adapters:
-        config = network.peft_config[name].to_dict()
-        # What is at its default is left out: a key that a later peft adds makes it no other adapter.
-        told = {key: value for key, value in config.items() if value != usual.get(key)}
-        prints.append(adapter_fingerprint(adapter_tensors(network, name), told))
-    return prints[0] if len(prints) == 1 else xxhash.xxh3_128_hexdigest(_canonical(prints))
+    config = network.peft_config[name].to_dict()
+    # What is at its default is left out: a key that a later peft adds makes it no other adapter.
+    told = {key: value for key, value in config.items() if value != usual.get(key)}
+    return adapter_fingerprint(adapter_tensors(network, name), told)
 
 
 def base_fingerprint(model: Model) -> str:
@@ -142,6 +145,8 @@ def _base_state(module: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor, d
     for name, tensor in own.items():
         yield prefix + name, tensor, _quantization(module, tensor)
     for name, child in module.named_children():
+        if is_score_head(child):
+            continue  # a reward model's, and no part of the base
         yield from _base_state(child, f"{prefix}{name}.")
 
 

@@ -161,7 +161,13 @@ def _train(
 def _load(recipe: Recipe, data: TrainingData, accelerator: Accelerator, display: Display) -> Model:
     started = time.monotonic()
     reference = recipe.reference if recipe.loss.needs_reference else None
-    model = load_model(recipe.base, recipe.adapter, seed=recipe.training.seed, reference=reference)
+    model = load_model(
+        recipe.base,
+        recipe.adapter,
+        seed=recipe.training.seed,
+        reference=reference,
+        rewards=recipe.loss.needs.rewards,
+    )
     if recipe.adapter.init == "eva":
         budget, seed = recipe.training.tokens_per_microbatch, recipe.training.seed
         count = start_from_data(model, data.train, tokens_per_microbatch=budget, seed=seed)

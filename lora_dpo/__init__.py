@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         APODown,
         APOZero,
         BetaDPO,
+        BradleyTerry,
         ChosenSFT,
         DiscoPOP,
         Hinge,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from lora_dpo.preferences import Preference, Rating, load_preferences, load_ratings
     from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Source, Training, load_recipe
     from lora_dpo.reference import reference_logprobs
+    from lora_dpo.reward import RewardModel, train_reward
     from lora_dpo.tokenization import ChatTokenizer, tokenize
     from lora_dpo.training import Record, preflight, train
 
@@ -97,6 +99,7 @@ _HOMES = {
         "APODown",
         "APOZero",
         "BetaDPO",
+        "BradleyTerry",
         "ChosenSFT",
         "DiscoPOP",
         "Hinge",
@@ -113,6 +116,7 @@ _HOMES = {
     "preferences": ("Preference", "Rating", "load_preferences", "load_ratings"),
     "recipe": ("Adapter", "Base", "Data", "Recipe", "Reference", "Source", "Training", "load_recipe"),
     "reference": ("reference_logprobs",),
+    "reward": ("RewardModel", "train_reward"),
     "tokenization": ("ChatTokenizer", "tokenize"),
     "training": ("Record", "preflight", "train"),
 }
@@ -140,6 +144,7 @@ __all__ = [
     "Adapter",
     "Base",
     "BetaDPO",
+    "BradleyTerry",
     "ChatTokenizer",
     "ChosenSFT",
     "Data",
@@ -155,6 +160,7 @@ __all__ = [
     "Recipe",
     "Record",
     "Reference",
+    "RewardModel",
     "RobustDPO",
     "SimPO",
     "Source",
@@ -180,6 +186,7 @@ __all__ = [
     "token_logprobs",
     "tokenize",
     "train",
+    "train_reward",
 ]
 
 

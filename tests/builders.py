@@ -41,12 +41,15 @@ def llama_config(**changes: Any) -> LlamaConfig:
     return LlamaConfig(**values | changes)
 
 
-def float64_model(config: Any, *, rank: int = 4, seed: int = 0) -> Model:
-    """A random model in float64 with an adapter whose B is random, not zero."""
+def float64_model(config: Any, *, rank: int = 4, seed: int = 0, rewards: bool = False) -> Model:
+    """A random model in float64 with an adapter whose B is random, not zero, as is the score head that it has
+    with `rewards`.
+    """
     torch.manual_seed(seed)
     network = build(config).double().requires_grad_(False)
     network.set_attn_implementation(NAME)
-    model = add_adapter(Model(network, None, torch.float64), Adapter(rank=rank))  # pyright: ignore
+    bare = Model(network, None, torch.float64)  # pyright: ignore
+    model = add_adapter(bare, Adapter(rank=rank), rewards=rewards)
     return with_random_adapter(model)
 
 

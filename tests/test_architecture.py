@@ -28,6 +28,7 @@ LAYERS = [
     ["training"],
     ["finished"],
     ["reward", "answering"],
+    ["judging"],
     ["export"],
     ["quickstart"],
     ["cli"],

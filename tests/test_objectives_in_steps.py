@@ -133,7 +133,7 @@ def test_a_steps_gradient_is_that_of_its_loss_in_one_graph_whatever_the_budget(n
     objective = MORE[name] if name in MORE else OBJECTIVES[name]()
     items = examples()
     with float64_throughout():
-        model = float64_model(llama_config())
+        model = float64_model(llama_config(), rewards=objective.needs.rewards)
         whole = batch_logprobs(model, objective, collate(items, range(len(items))))
         whole = replace(whole, state=STATE)
         loss = weighted(objective(whole), whole).mean()
@@ -221,7 +221,7 @@ def test_evaluation_gives_log_probs_in_the_order_of_examples_token_by_token():
 @pytest.mark.parametrize("name", [*PAIRED, *MORE])
 def test_evaluation_gives_the_loss_that_a_step_of_the_same_examples_has(name: str):
     objective = MORE[name] if name in MORE else OBJECTIVES[name]()
-    model = float64_model(llama_config())
+    model = float64_model(llama_config(), rewards=objective.needs.rewards)
     items = examples()
     sums = step_gradient(model, objective, items, tokens_per_microbatch=60, seed=0)
     means = evaluate(model, objective, items, tokens_per_microbatch=50, intervals=False).means()

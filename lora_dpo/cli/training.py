@@ -64,7 +64,7 @@ def eval_command(
     for name, interval in result.metrics.items():
         display.say(f"  {name:<24} {interval}")
     display.say(f"written to {finished.directory.evaluation_file}")
-    if samples:
+    if samples and not finished.recipe.loss.needs.rewards:
         made = side_by_side(finished, count=samples, max_new_tokens=max_new_tokens, display=display)
         _show_samples(display, made)
         display.say(f"{len(made)} answers side by side: {finished.directory.samples_file}")

@@ -84,7 +84,7 @@ def refuse_existing(folder: Path) -> None:
 
 def _parts(folder: Path) -> list[Path]:
     """The files of a folder that somebody else may have written. Raises ModelError."""
-    read_adapter(str(folder), "the adapter")
+    read_adapter(str(folder), "the adapter", kind="any")
     read_record(folder)
     names = [CONFIG, TENSORS, RECORD]
     names += TOKENIZERS if (folder / TOKENIZER).is_file() else ()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_dpo.errors import RunError
 from lora_dpo.export.adapter import export_adapter, refuse_existing
 from lora_dpo.export.gguf.converter import ADAPTERS, MODELS, find_converter, not_found
 from lora_dpo.export.gguf.making import (
@@ -21,7 +22,7 @@ from lora_dpo.export.merging.files import clear
 from lora_dpo.export.ollama.modelfile import write_modelfile
 from lora_dpo.export.proof.prove import prove
 from lora_dpo.export.proof.report import Kind, Report, describe
-from lora_dpo.export.serving.commands import commands
+from lora_dpo.export.serving.commands import commands, sequence_classifier
 from lora_dpo.export.serving.linter import lint
 from lora_dpo.export.source import Source
 from lora_dpo.run_directory import grow_folder, write_folder
@@ -38,9 +39,11 @@ def export(
 ) -> Path:
     """Export to a new folder, by default `export-KIND` in the run's or beside the adapter's; returns it.
 
-    Raises what the function for its kind raises.
+    Raises what the function for its kind raises, and RunError for what can't be made of a reward model.
     """
     options, display = options or Options(), display or Display(quiet=True)
+    if source.is_reward:
+        _check_reward(source, kind, options)
     if to is None:
         home = source.run.path if source.run else source.adapter.resolve().parent
         to = home / (f"export-{kind}" if source.run else f"{source.name}-export-{kind}")
@@ -56,6 +59,18 @@ def export(
     makers[kind](source, to, options, display=display)
     display.say(f"{kind}: {to}")
     return to
+
+
+def _check_reward(source: Source, kind: Kind, options: Options) -> None:
+    """Raise RunError for exports that are of language models."""
+    what = f"{source.adapter} is a reward model: an adapter with a scalar head, which writes no text"
+    if kind != "adapter":
+        raise RunError(
+            f"{what}, so --to {kind} makes nothing of it: --to adapter does, for transformers' sequence"
+            " classification with PEFT"
+        )
+    if options.verify:
+        raise RunError(f"{what}: there is nothing for --verify to compare. Its files are copied as they are")
 
 
 def _export_adapter(source: Source, to: Path, options: Options, *, display: Display) -> None:
@@ -78,6 +93,9 @@ def _export_adapter(source: Source, to: Path, options: Options, *, display: Disp
         finish(part, source, report.as_dict(), "adapter", options)
 
     export_adapter(source, to, describe_it)
+    if source.is_reward:
+        display.say(f"\ntransformers and PEFT:\n{sequence_classifier(to, source.base)}")
+        return
     for finding in lint(to, source.base):
         display.say(str(finding))
     for server, line in commands(to, source.base).items():

@@ -8,6 +8,7 @@ from pathlib import Path
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.finished import check_adapter, check_whole
 from lora_dpo.model.saved import CONFIG, find_adapter
+from lora_dpo.model.score import TASK
 from lora_dpo.model.trained_on import TrainedOn, check_base, read_record
 from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Base, Recipe, load_recipe
@@ -32,6 +33,11 @@ class Source:
         """What an exported file is called by default."""
         folder = self.adapter if self.run is None else self.run.path
         return folder.resolve().name
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether it is a reward model: an adapter with a scalar head, which writes no text."""
+        return read_json(self.adapter / CONFIG, "export").get("task_type") == TASK
 
 
 def find_source(

@@ -82,7 +82,7 @@ def front_matter(facts: Facts) -> dict[str, Any]:
         values["base_model_relation"] = "adapter" if facts.is_adapter else "finetune"
     if facts.kind in ("adapter", "merged"):
         values["library_name"] = "peft" if facts.kind == "adapter" else "transformers"
-    values["pipeline_tag"] = "text-generation"
+    values["pipeline_tag"] = "text-classification" if facts.is_reward else "text-generation"
     values |= facts.licence.metadata()
     values["tags"] = _tags(facts)
     if facts.recipe is not None:
@@ -93,7 +93,7 @@ def front_matter(facts: Facts) -> dict[str, Any]:
 
 
 def _tags(facts: Facts) -> list[str]:
-    tags = ["lora_dpo", "lora"]
+    tags = ["lora_dpo", "lora", *(["reward-model"] if facts.is_reward else [])]
     if facts.recipe is not None:
         name = type(facts.recipe.loss).__name__
         tags += [name.lower()] if OBJECTIVES.get(name) is type(facts.recipe.loss) else []
@@ -102,7 +102,8 @@ def _tags(facts: Facts) -> list[str]:
 
 def _title(facts: Facts) -> str:
     how = "" if facts.recipe is None else f"{type(facts.recipe.loss).__name__}, "
-    return f"{last_part(facts.base_name)}: {how}{WHAT[facts.kind]}"
+    what = "reward model" if facts.is_reward else WHAT[facts.kind]
+    return f"{last_part(facts.base_name)}: {how}{what}"
 
 
 def _opening(facts: Facts) -> str:
@@ -114,6 +115,8 @@ def _opening(facts: Facts) -> str:
         "gguf-adapter": f"A LoRA adapter for {base}, as GGUF",
         "ollama": f"{base} with a LoRA adapter, for Ollama",
     }[facts.kind]
+    if facts.is_reward:
+        what = f"A reward model: a LoRA adapter with a scalar head for {base}"
     if facts.recipe is None:
         return f"{what}. It was exported from an adapter alone: what that was trained on is not recorded."
     said = f"{what}, trained with {called(facts.recipe.loss)} by lora_dpo on {_rows_in_words(facts)}."

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from lora_dpo.export.card.licence import Licence, licence_of
 from lora_dpo.export.card.names import hub_model, public_base
+from lora_dpo.model.score import TASK
 from lora_dpo.recipe import Base, Recipe
 from lora_dpo.run_directory import RunDirectory
 
@@ -65,6 +66,11 @@ class Facts:
             lines = modelfile.read_text(encoding="utf-8", errors="replace").splitlines()
             return any(line.upper().startswith("ADAPTER ") for line in lines)
         return self.kind in ("adapter", "gguf-adapter")
+
+    @property
+    def is_reward(self) -> bool:
+        """Whether it is a reward model: an adapter with a scalar head."""
+        return self.adapter.get("task_type") == TASK
 
     @property
     def kept_evaluation(self) -> Mapping[str, Any] | None:

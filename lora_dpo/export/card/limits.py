@@ -43,7 +43,12 @@ def _where_measured(facts: Facts, recipe: Recipe) -> str:
 def _training(facts: Facts, recipe: Recipe) -> list[str]:
     """What follows from the objective and the data."""
     loss, said = recipe.loss, []
-    if loss.records == "pairs":
+    if loss.needs.rewards:
+        said.append(
+            "Accuracy says how often it prefers the response that the data prefer. A policy that is optimized"
+            " against it can fool it with what it never saw: look at what that policy really writes."
+        )
+    elif loss.records == "pairs":
         said.append(
             "Preference accuracy compares the likelihoods of given responses: it says whether pairs such as"
             " these were learned, not whether answers that the model writes itself are better."

@@ -70,7 +70,7 @@ def _evaluated(facts: Facts) -> list[str]:
         )
         said = f"On {number} {rows}{whose}. Means with 95% bootstrap intervals over them."
         metrics = mapping_of(facts.evaluation.get("metrics"))
-        return [said, _metrics_table({name: interval_text(value) for name, value in metrics.items()})]
+        return [said, _metrics_table(facts, {name: interval_text(value) for name, value in metrics.items()})]
     record = facts.kept_evaluation
     if record is not None:
         said = (
@@ -78,15 +78,16 @@ def _evaluated(facts: Facts) -> list[str]:
             " `lora-dpo eval` had not been run when this card was written."
         )
         means = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
-        return [said, _metrics_table({name: (digits(value), "") for name, value in means.items()})]
+        return [said, _metrics_table(facts, {name: (digits(value), "") for name, value in means.items()})]
     return ["Nothing was measured on held-out examples, or it was not recorded where this card was written."]
 
 
-def _metrics_table(found: Mapping[str, tuple[str, str]]) -> str:
+def _metrics_table(facts: Facts, found: Mapping[str, tuple[str, str]]) -> str:
     names = [name for name in MEANINGS if name in found] + sorted(found.keys() - MEANINGS.keys())
     rows = []
     for name in names:
         title, meaning = MEANINGS.get(name, (code(name), ""))
+        meaning = meaning.replace("implicit ", "") if facts.is_reward else meaning
         rows.append([title, *found[name], meaning])
     intervals = any(interval for _, interval in found.values())
     if not intervals:

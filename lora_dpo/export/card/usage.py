@@ -29,6 +29,18 @@ inputs = tokenizer("Once upon a time", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=256)[0], skip_special_tokens=True))
 """
 
+REWARD = """
+messages = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello! How can I help?"}]
+inputs = tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt").to(model.device)
+print(model(**inputs).logits.item())
+"""
+POOLED = (
+    "The reward is that of the last token which isn't the `pad_token_id` of the base's config. Where you set"
+    " one to run batches, take a token that ends no conversation. The score head is not quantized:"
+    " transformers leaves a model's last module alone, and `llm_int8_skip_modules` of your own must name"
+    " `score`."
+)
+
 
 def usage(facts: Facts) -> str:
     """The section with the commands."""
@@ -59,6 +71,8 @@ def _base_note(facts: Facts) -> str:
 
 
 def _adapter(facts: Facts) -> list[str]:
+    if facts.is_reward:
+        return ["**transformers and PEFT**", fenced(_peft(facts), "python"), POOLED]
     plain = not_plain(facts.adapter)
     parts = ["**transformers and PEFT**", fenced(_peft(facts), "python")]
     if plain:
@@ -158,16 +172,19 @@ def _peft(facts: Facts) -> str:
         ")",
     )
     bnb = "" if kind == "none" else ", BitsAndBytesConfig"
+    ask = REWARD if facts.is_reward else _ask(facts)
+    auto = "AutoModelForSequenceClassification" if facts.is_reward else "AutoModelForCausalLM"
+    labels = ", num_labels=1" if facts.is_reward else ""
     return (
         "from peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{bnb}\n\n"
+        f"from transformers import {auto}, AutoTokenizer{bnb}\n\n"
         f"quantization = {quantization}\n"
-        "base = AutoModelForCausalLM.from_pretrained(\n"
-        f"    {quoted(_base_reference(facts))}{_options(facts)}, dtype={quoted(compute)},\n"
+        f"base = {auto}.from_pretrained(\n"
+        f"    {quoted(_base_reference(facts))}{labels}{_options(facts)}, dtype={quoted(compute)},\n"
         '    quantization_config=quantization, device_map="auto",\n'
         ")\n"
         f"model = PeftModel.from_pretrained(base, {quoted(_place(facts))})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({quoted(_place(facts))})\n{_ask(facts)}"
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted(_place(facts))})\n{ask}"
     ).rstrip()
 
 

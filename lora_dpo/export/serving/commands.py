@@ -70,26 +70,42 @@ def _place(base: Base) -> str:
     return str(folder.resolve()) if folder.is_dir() else base.model
 
 
+def sequence_classifier(adapter: Path, base: Base) -> str:
+    """Python that loads a reward model's adapter, and what must not be quantized then."""
+    tokenizer = adapter if (adapter / "tokenizer_config.json").is_file() else _place(base)
+    lines = _loading("AutoModelForSequenceClassification", base, adapter, tokenizer, ["num_labels=1"])
+    if base.quantization != "none":
+        lines += SCORE_NOTE
+    return "\n".join(lines)
+
+
+SCORE_NOTE = [
+    "# The score head stays unquantized: transformers keeps a model's last module so by itself. Where you",
+    '# give llm_int8_skip_modules of your own, name "score" among them.',
+]
+
+
 def _peft(seen: Served) -> str:
-    base = seen.base
+    return "\n".join(_loading("AutoModelForCausalLM", seen.base, seen.folder, _tokenizer(seen), []))
+
+
+def _loading(auto: str, base: Base, adapter: Path, tokenizer: Path | str, options: list[str]) -> list[str]:
     dtype = "bfloat16" if base.compute_dtype == "auto" else base.compute_dtype
-    options = [repr(_place(base)), f"dtype=torch.{dtype}"]
+    options = [repr(_place(base)), *options, f"dtype=torch.{dtype}"]
     options += [f"revision={base.revision!r}"] if base.revision else []
     options += ["trust_remote_code=True"] if base.trust_remote_code else []
     quantized = _quantization(base, dtype)
     options += [f"quantization_config={quantized}"] if quantized else []
-    imports = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
-    return "\n".join(
-        [
-            "import torch",
-            "from peft import PeftModel",
-            f"from transformers import {imports}",
-            "",
-            f"base = AutoModelForCausalLM.from_pretrained({', '.join(options)})",
-            f"model = PeftModel.from_pretrained(base, {str(seen.folder)!r})",
-            f"tokenizer = AutoTokenizer.from_pretrained({str(_tokenizer(seen))!r})",
-        ]
-    )
+    imports = f"{auto}, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
+    return [
+        "import torch",
+        "from peft import PeftModel",
+        f"from transformers import {imports}",
+        "",
+        f"base = {auto}.from_pretrained({', '.join(options)})",
+        f"model = PeftModel.from_pretrained(base, {str(adapter)!r})",
+        f"tokenizer = AutoTokenizer.from_pretrained({str(tokenizer)!r})",
+    ]
 
 
 def _tokenizer(seen: Served) -> Path | str:

@@ -5,6 +5,7 @@ from lora_dpo.recipe.coerce import field_names
 from lora_dpo.recipe.files import from_dict, keys_of, load_recipe, override, pinned, to_dict, to_yaml
 from lora_dpo.recipe.sampling import Sampling
 from lora_dpo.recipe.schema import Base, Data, Recipe, Source, Training
+from lora_dpo.recipe.shift import Shift
 
 __all__ = [
     "Adapter",
@@ -13,6 +14,7 @@ __all__ = [
     "Recipe",
     "Reference",
     "Sampling",
+    "Shift",
     "Source",
     "Training",
     "field_names",

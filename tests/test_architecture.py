@@ -25,6 +25,7 @@ LAYERS = [
     ["reference"],
     ["sampling"],
     ["evaluation"],
+    ["shift"],
     ["training"],
     ["finished"],
     ["reward", "answering"],

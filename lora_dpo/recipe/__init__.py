@@ -6,6 +6,7 @@ from lora_dpo.recipe.files import from_dict, keys_of, load_recipe, override, pin
 from lora_dpo.recipe.judging import Judge, Pairing
 from lora_dpo.recipe.sampling import Sampling, sampling_of
 from lora_dpo.recipe.schema import Base, Data, Recipe, Source, Training
+from lora_dpo.recipe.shift import Shift
 
 __all__ = [
     "Adapter",
@@ -16,6 +17,7 @@ __all__ = [
     "Recipe",
     "Reference",
     "Sampling",
+    "Shift",
     "Source",
     "Training",
     "field_names",

@@ -7,7 +7,7 @@ vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -23,10 +23,13 @@ Choose = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Response:
-    """ids: without the stop token. finished: it ended by a stop token, not where it had to be cut."""
+    """ids: without the stop token. finished: it ended by a stop token, not where it had to be cut. stop: that
+    token, where it is known.
+    """
 
     ids: list[int]
     finished: bool
+    stop: int | None = field(default=None, compare=False)
 
 
 class Engine(Protocol):
@@ -76,7 +79,7 @@ def respond(
         engine.repeat(copies)
     noise = torch.from_numpy(uniforms).to(logits.device)
     made: list[list[int]] = [[] for _ in range(len(uniforms))]
-    finished = [False] * len(made)
+    ended: list[int | None] = [None] * len(made)
     rows, stops = list(range(len(made))), set(stop_ids)
     while True:
         tokens = choose(logits, noise[torch.tensor(rows), len(made[rows[0]])])
@@ -85,7 +88,7 @@ def respond(
             if token == NOT_A_NUMBER:
                 raise NotANumberError(row // copies)
             if token in stops:
-                finished[row] = True
+                ended[row] = token
                 continue
             made[row].append(token)
             if len(made[row]) < lengths[row // copies]:
@@ -97,5 +100,5 @@ def respond(
             engine.keep(kept)
             tokens, rows = tokens[kept], [rows[place] for place in going]
         logits = engine.write(tokens)
-    responses = [Response(ids, done) for ids, done in zip(made, finished, strict=True)]
+    responses = [Response(ids, by is not None, by) for ids, by in zip(made, ended, strict=True)]
     return [responses[at : at + copies] for at in range(0, len(responses), copies)]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_dpo.evaluation import evaluate
     from lora_dpo.export import export_adapter, export_merged
     from lora_dpo.finished import evaluate_run, open_finished, side_by_side
+    from lora_dpo.judging import judge_file, make_judge, pair_file
     from lora_dpo.logprobs import token_logprobs
     from lora_dpo.losses import (
         AOT,
@@ -54,9 +55,26 @@ if TYPE_CHECKING:
     )
     from lora_dpo.model import load_model
     from lora_dpo.preferences import Preference, Rating, load_preferences, load_ratings
-    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Source, Training, load_recipe
+    from lora_dpo.recipe import (
+        Adapter,
+        Base,
+        Data,
+        IterativeRecipe,
+        Judge,
+        Pairing,
+        Recipe,
+        Reference,
+        Rounds,
+        Sampling,
+        Shift,
+        Source,
+        Training,
+        load_recipe,
+    )
     from lora_dpo.reference import reference_logprobs
     from lora_dpo.reward import RewardModel, train_reward
+    from lora_dpo.rounds import run_rounds
+    from lora_dpo.sampling import sample
     from lora_dpo.tokenization import ChatTokenizer, tokenize
     from lora_dpo.training import Record, preflight, train
 
@@ -78,6 +96,7 @@ _HOMES = {
     "evaluation": ("evaluate",),
     "export": ("export_adapter", "export_merged"),
     "finished": ("evaluate_run", "open_finished", "side_by_side"),
+    "judging": ("judge_file", "make_judge", "pair_file"),
     "logprobs": ("token_logprobs",),
     "losses": (
         "AOT",
@@ -114,9 +133,26 @@ _HOMES = {
     ),
     "model": ("load_model",),
     "preferences": ("Preference", "Rating", "load_preferences", "load_ratings"),
-    "recipe": ("Adapter", "Base", "Data", "Recipe", "Reference", "Source", "Training", "load_recipe"),
+    "recipe": (
+        "Adapter",
+        "Base",
+        "Data",
+        "IterativeRecipe",
+        "Judge",
+        "Pairing",
+        "Recipe",
+        "Reference",
+        "Rounds",
+        "Sampling",
+        "Shift",
+        "Source",
+        "Training",
+        "load_recipe",
+    ),
     "reference": ("reference_logprobs",),
     "reward": ("RewardModel", "train_reward"),
+    "rounds": ("run_rounds",),
+    "sampling": ("sample",),
     "tokenization": ("ChatTokenizer", "tokenize"),
     "training": ("Record", "preflight", "train"),
 }
@@ -150,11 +186,14 @@ __all__ = [
     "Data",
     "DiscoPOP",
     "Hinge",
+    "IterativeRecipe",
+    "Judge",
     "LogProbs",
     "Loss",
     "MicroBatch",
     "Needs",
     "Objective",
+    "Pairing",
     "Preference",
     "Rating",
     "Recipe",
@@ -162,6 +201,9 @@ __all__ = [
     "Reference",
     "RewardModel",
     "RobustDPO",
+    "Rounds",
+    "Sampling",
+    "Shift",
     "SimPO",
     "Source",
     "StepSampler",
@@ -172,16 +214,21 @@ __all__ = [
     "evaluate_run",
     "export_adapter",
     "export_merged",
+    "judge_file",
     "load_model",
     "load_preferences",
     "load_ratings",
     "load_recipe",
+    "make_judge",
     "open_finished",
     "pack",
+    "pair_file",
     "preference_metrics",
     "preflight",
     "reference_logprobs",
     "run",
+    "run_rounds",
+    "sample",
     "side_by_side",
     "token_logprobs",
     "tokenize",

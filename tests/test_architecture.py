@@ -31,6 +31,7 @@ LAYERS = [
     ["reward", "answering"],
     ["judging"],
     ["export"],
+    ["rounds"],
     ["quickstart"],
     ["cli"],
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from peft import PeftModel
@@ -12,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from lora_dpo.errors import ModelError
-from lora_dpo.model.roles import Model
+from lora_dpo.model.roles import Model, recomputing
 from lora_dpo.model.score import SCORE, is_score_head
 from lora_dpo.ways import use_attention
 
@@ -28,8 +27,8 @@ def bare(model: Model) -> Model:
     vars(network).pop("peft_config", None)
     if is_score_head(getattr(network, SCORE, None)):
         delattr(network, SCORE)  # a reward model's, and no part of the base
-    for layer in dataclasses.replace(model, network=network).checkpointed_layers:
-        layer.gradient_checkpointing = False
+    for module in recomputing(network):
+        module.gradient_checkpointing = False
     use_attention(network, model.way)
     return Model(
         network,

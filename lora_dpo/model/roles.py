@@ -14,7 +14,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_dpo.batching import Way
 from lora_dpo.errors import ModelError
@@ -84,10 +83,6 @@ class Model:
     def switches(self) -> list[Switch]:
         roles = self.policy_adapters, self.reference_adapters, self.reward_adapters
         return switches_of(self.network, *roles)
-
-    @cached_property
-    def checkpointed_layers(self) -> list[GradientCheckpointingLayer]:
-        return [m for m in self.network.modules() if isinstance(m, GradientCheckpointingLayer)]
 
     @cached_property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -225,16 +220,23 @@ def without_dropout(model: Model) -> Iterator[None]:
             module.training = True
 
 
+def recomputing(network: nn.Module) -> list[Any]:
+    """The modules that are set to recompute layers in the backward pass."""
+    return [module for module in network.modules() if getattr(module, "gradient_checkpointing", False)]
+
+
 @contextmanager
 def generating(model: Model) -> Iterator[None]:
     """For `generate`: the model's own attention with its mask and cache, no checkpointing, no dropout."""
-    for layer in model.checkpointed_layers:
-        layer.training = False
+    # Not the layers alone: the backbone would do without a cache if it believed that they are recomputed.
+    recomputed = recomputing(model.causal)
+    for module in recomputed:
+        module.gradient_checkpointing = False
     use_attention(model.causal, "single")  # its own
     try:
         with torch.no_grad(), without_dropout(model), model.autocast():
             yield
     finally:
         use_attention(model.causal, model.way)
-        for layer in model.checkpointed_layers:
-            layer.training = True
+        for module in recomputed:
+            module.gradient_checkpointing = True

@@ -64,7 +64,7 @@ REFUSED = {
 }
 """Keys of an adapter's config that must be off, and what it means where one is on."""
 
-STAY_THE_RECIPES = {"start_from", "dropout"}
+STAY_THE_RECIPES = {"start_from", "dropout", "lora_plus_ratio"}
 """Keys under `adapter` that say how it is trained, not what it is: they hold for one from a folder too."""
 
 

@@ -4,6 +4,7 @@ from lora_dpo.recipe.adapter import Adapter, Reference
 from lora_dpo.recipe.coerce import field_names
 from lora_dpo.recipe.files import from_dict, keys_of, load_recipe, override, pinned, to_dict, to_yaml
 from lora_dpo.recipe.judging import Judge, Pairing
+from lora_dpo.recipe.rounds import IterativeRecipe, Rounds
 from lora_dpo.recipe.sampling import Sampling, sampling_of
 from lora_dpo.recipe.schema import Base, Data, Recipe, Source, Training
 from lora_dpo.recipe.shift import Shift
@@ -12,10 +13,12 @@ __all__ = [
     "Adapter",
     "Base",
     "Data",
+    "IterativeRecipe",
     "Judge",
     "Pairing",
     "Recipe",
     "Reference",
+    "Rounds",
     "Sampling",
     "Shift",
     "Source",

@@ -23,6 +23,7 @@ from lora_dpo.recipe.coerce import (
     unknown_key,
 )
 from lora_dpo.recipe.own import objective_name, run_script
+from lora_dpo.recipe.rounds import IterativeRecipe
 from lora_dpo.recipe.schema import Recipe, Source
 from lora_dpo.recipe.yaml_text import parse_yaml
 
@@ -58,8 +59,8 @@ def _read_yaml(file: Path) -> Mapping[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from nested mappings, as `to_dict` makes them."""
-    return build(Recipe, values, "")
+    """A recipe from nested mappings, as `to_dict` makes them; a loop's where they have its sections."""
+    return build(IterativeRecipe if "rounds" in values else Recipe, values, "")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -97,6 +98,11 @@ def pinned(recipe: Recipe) -> Recipe:
     if template is not None and os.path.isfile(os.path.expanduser(template)):
         template = Path(template).expanduser().read_text(encoding="utf-8")
     data = replace(data, train=_absolute(data.train), eval=_absolute(data.eval), chat_template=template)
+    if isinstance(recipe, IterativeRecipe):
+        judge = replace(recipe.judge, of=_absolute_judge(recipe.judge.of))
+        second = recipe.rounds.held_out_judge
+        rounds = replace(recipe.rounds, held_out_judge=second and _absolute_judge(second))
+        recipe = replace(recipe, judge=judge, rounds=rounds)
     return replace(
         recipe,
         base=replace(recipe.base, model=_absolute(recipe.base.model)),
@@ -104,6 +110,15 @@ def pinned(recipe: Recipe) -> Recipe:
         adapter=replace(recipe.adapter, start_from=_absolute(recipe.adapter.start_from)),
         reference=replace(recipe.reference, adapter=_absolute(recipe.reference.adapter)),
     )
+
+
+def _absolute_judge(text: str) -> str:
+    """The folder or file of a judge made absolute; see `Judge.of`."""
+    kind, _, place = text.partition(":")
+    file, colon, name = place.rpartition(":")
+    if kind == "function" and colon:
+        return f"{kind}:{_absolute(file)}:{name}"
+    return f"{kind}:{_absolute(place)}" if place else text
 
 
 def _absolute(value: Any) -> Any:
@@ -140,7 +155,7 @@ def _replaced(recipe: Recipe, values: Mapping[str, str]) -> Recipe:
         section = getattr(recipe, name)
         if name in values:
             # A whole section at once: `loss=SFT`, `run_directory=…`; keys below it then apply to that.
-            section = coerce(hints_of(Recipe)[name], values[name], name)
+            section = coerce(hints_of(type(recipe))[name], values[name], name)
         below = {k.partition(".")[2]: v for k, v in values.items() if k.startswith(name + ".")}
         if name == "loss":
             changes[name] = _changed(section, below, "loss")
@@ -167,7 +182,7 @@ def _changed(objective: Objective, below: Mapping[str, str], key: str) -> Object
 
 def _check_known(recipe: Recipe, key: str) -> None:
     known = [name for name, _, _ in keys_of(recipe)]
-    sections = field_names(Recipe)
+    sections = field_names(type(recipe))
     if key not in known and key not in sections and not key.startswith("loss."):
         raise unknown_key(key, known)
 
@@ -175,7 +190,7 @@ def _check_known(recipe: Recipe, key: str) -> None:
 def keys_of(recipe: Recipe) -> list[tuple[str, str, str]]:
     """Every key that an override can name: (dotted key, what it takes, its value in this recipe)."""
     rows: list[tuple[str, str, str]] = []
-    for name, hint in hints_of(Recipe).items():
+    for name, hint in hints_of(type(recipe)).items():
         if name == "section":
             continue
         value = getattr(recipe, name)

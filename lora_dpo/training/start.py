@@ -23,7 +23,7 @@ from lora_dpo.model import (
     record_notes,
     record_of,
 )
-from lora_dpo.recipe import Recipe, field_names, pinned, to_yaml
+from lora_dpo.recipe import IterativeRecipe, Recipe, field_names, pinned, to_yaml
 from lora_dpo.reference import ReferenceCache, base_fingerprint
 from lora_dpo.run_directory import RunDirectory, need_space, write_text
 from lora_dpo.stopping import Interrupted, Stopped, Stops
@@ -214,6 +214,8 @@ def reference_cache(
 
 def check_training(recipe: Recipe) -> None:
     """What the types can't say: trackers that are there, and a metric that will be."""
+    if isinstance(recipe, IterativeRecipe):
+        raise RecipeError("this recipe is one of rounds: lora-dpo rounds RECIPE, not lora-dpo train")
     training = recipe.training
     check_trackers(training.trackers)
     if training.best_metric is None:

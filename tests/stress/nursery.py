@@ -246,6 +246,7 @@ def import_everything() -> None:
     import lora_dpo.cli
     import lora_dpo.export
     import lora_dpo.finished
+    import lora_dpo.rounds
     import lora_dpo.training  # noqa: F401
 
     for library in (accelerate, bitsandbytes, datasets, peft, transformers, bnb):

@@ -1,0 +1,123 @@
+"""Rounds on the quickstart's base: labels by a hidden rule, a reward model trained on them, then the loop.
+
+The rule (`satisfies`) labels 300 pairs of the base's own responses, and from then on only keeps count: it is
+the loop's held-out judge, so that the table shows how often responses are really right beside what the
+reward model thinks of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from lora_dpo.judging import FunctionJudge, judge_file, pair_file
+from lora_dpo.losses import BradleyTerry
+from lora_dpo.model import load_model
+from lora_dpo.preferences import load_prompts
+from lora_dpo.quickstart.base import BaseSettings, cache_folder, quickstart_base, quickstart_data
+from lora_dpo.quickstart.data import satisfies
+from lora_dpo.recipe import Adapter, Data, IterativeRecipe, Pairing, Recipe, Sampling, Training
+from lora_dpo.rounds import LoopDirectory, run_rounds
+from lora_dpo.run_directory import RunDirectory, write_text
+from lora_dpo.sampling import sample_to_file, sampler_id
+from lora_dpo.training import Display, chat_tokenizer, train
+
+LABELS = 300
+
+
+def rule_reward(prompt: Any, response: str) -> float:
+    """1 where a response satisfies the rule behind the quickstart's preferences, else 0. prompt: messages."""
+    return float(satisfies(prompt[-1]["content"], response))
+
+
+def iterate(
+    recipe: IterativeRecipe,
+    *,
+    resume: bool = False,
+    accept: Sequence[str] = (),
+    display: Display | None = None,
+    settings: BaseSettings | None = None,
+) -> LoopDirectory:
+    """Base, labels, reward model and rounds. Returns the loop's folder; the reward model is beside it.
+
+    The recipe's base and data are those of `cache_folder(settings)`, its judge the reward model that is
+    trained here, in the folder that it names.
+    """
+    display = display or Display()
+    torch.set_num_threads(1)  # so small a model's threads would mostly wait for each other
+    settings = settings or BaseSettings()
+    folder = cache_folder(settings)
+    display.say("1. a base of its own (kept for the next time)")
+    quickstart_data(folder, settings)
+    quickstart_base(folder, settings, display)
+    display.say("\n2. labels by a rule that nobody else sees, and a reward model trained on them")
+    labels = rule_labels(recipe, folder / f"labels-{recipe.training.seed}", display)
+    reward = Path(recipe.judge.what).expanduser()
+    train_reward_model(recipe, labels, reward, display)
+    display.say("\n3. rounds: sample, judge, pair, train, measure")
+    if not resume and LoopDirectory(Path(recipe.run_directory)).recipe_file.exists():
+        recipe = replace(recipe, run_directory=str(free_loop(Path(recipe.run_directory))))
+    return run_rounds(recipe, resume=resume, accept=accept)
+
+
+def free_loop(folder: Path) -> Path:
+    """The folder, or the first of folder-2, folder-3, … that holds no rounds yet."""
+    names = [folder, *(folder.with_name(f"{folder.name}-{n}") for n in range(2, 10_000))]
+    return next(path for path in names if not LoopDirectory(path).recipe_file.exists())
+
+
+def rule_labels(recipe: IterativeRecipe, folder: Path, display: Display, count: int = LABELS) -> Path:
+    """A preference file of so many pairs of the base's own responses to training prompts, as the rule labels
+    them; made once for each seed and kept.
+    """
+    file = folder / f"labels-{count}.jsonl"
+    if file.exists():
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    seed = recipe.training.seed
+    prompts = load_prompts(recipe.data, seed=seed).train
+    base = load_model(recipe.base)
+    chat = chat_tokenizer(base.tokenizer, recipe.data)
+    sampling = Sampling(responses=8, max_new_tokens=recipe.sampling.max_new_tokens, seed=seed)
+    sampler = sampler_id(base, sampling, chat.end_of_turn_ids, role="base")
+    samples, judged, pairs = (folder / f"{name}.jsonl" for name in ("samples", "judged", "pairs"))
+    sample_to_file(base, chat, prompts, sampling, samples, sampler=sampler, role="base", display=display)
+    judge_file(FunctionJudge(rule_reward), samples, judged, display)
+    for line in pair_file(judged, pairs, Pairing(strategy="best_random", seed=seed)).lines():
+        display.say(f"   labels: {line}")
+    rows = sorted(pairs.read_text(encoding="utf-8").splitlines(keepends=True))
+    Random(seed).shuffle(rows)
+    write_text(file, "".join(rows[:count]))
+    return file
+
+
+def reward_recipe(recipe: IterativeRecipe, labels: Path, folder: Path) -> Recipe:
+    """How the reward model is trained: on the labels but for a tenth, on the loop's base."""
+    return Recipe(
+        base=recipe.base,
+        data=Data(str(labels), eval_fraction=0.1, max_tokens=recipe.data.max_tokens),
+        loss=BradleyTerry(),
+        adapter=Adapter(rank=16, alpha=32),
+        training=Training(
+            pairs_per_step=16,
+            epochs=4,
+            learning_rate=3e-4,
+            gradient_checkpointing="none",
+            seed=recipe.training.seed,
+        ),
+        run_directory=str(folder),
+    )
+
+
+def train_reward_model(recipe: IterativeRecipe, labels: Path, folder: Path, display: Display) -> None:
+    """Train it, go on with it, or leave it as it is."""
+    run = RunDirectory(folder)
+    if (run.adapter_folder / "adapter_model.safetensors").is_file():
+        display.say(f"   the reward model in {folder} is there already")
+        return
+    train(reward_recipe(recipe, labels, folder), resume=run.recipe_file.exists(), quiet=display.quiet)

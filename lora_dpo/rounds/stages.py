@@ -1,0 +1,152 @@
+"""The stages of a round. Each leaves a file that is whole or goes on where it was, and is not done twice."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from lora_dpo.errors import DataError
+from lora_dpo.judging import JudgeProtocol, judge_file, make_judge, pair_file
+from lora_dpo.model import Model
+from lora_dpo.preferences import Prompt
+from lora_dpo.recipe import Judge, Sampling
+from lora_dpo.rounds.directory import RoundDirectory, write_json
+from lora_dpo.rounds.measuring import measure
+from lora_dpo.rounds.policies import Loop, recipe_of_round
+from lora_dpo.rounds.prompts import prompts_of_round
+from lora_dpo.run_directory import RunDirectory
+from lora_dpo.sampling import sample_to_file, sampler_id
+from lora_dpo.training import train
+
+
+class NoPairs(Exception):
+    """Nothing is left to prefer among a later round's responses: the loop has come to its end."""
+
+
+def do_round(loop: Loop, number: int) -> None:
+    """What is left of a round, counted from 1. Raises NoPairs, but in the first round DataError."""
+    here = loop.directory.round(number)
+    if not here.pairs.exists():
+        with loop.policy_after(number - 1) as policy:
+            with _timed(here, "sample"):
+                prompts = prompts_of_round(loop.recipe, loop.prompts, number)
+                sample_stage(loop, policy, prompts, seeded(loop.recipe.sampling, f"round {number}"), here)
+            with _timed(here, "judge"):
+                judge_stage(loop, policy, loop.recipe.judge, here.samples, here.judged)
+        with _timed(here, "pair"):
+            pair_stage(loop, number)
+    if not has_trained(here.run):
+        with _timed(here, "train"):
+            train_stage(loop, number)
+    measure_stage(loop, number)
+
+
+def sample_stage(
+    loop: Loop, policy: Model, prompts: Sequence[Prompt], settings: Sampling, here: RoundDirectory
+) -> None:
+    """Responses of the policy, in its role, to these prompts; those that are there already stay."""
+    here.path.mkdir(parents=True, exist_ok=True)
+    data, stop_ids = loop.recipe.data, loop.chat.end_of_turn_ids
+    made = sample_to_file(
+        policy,
+        loop.chat,
+        prompts,
+        settings,
+        here.samples,
+        sampler=sampler_id(policy, settings, stop_ids, base=loop.fingerprint),
+        display=loop.display,
+        longest=data.max_prompt_tokens or data.max_tokens,
+    )
+    if made.too_long:
+        loop.display.say(f"{made.too_long} prompts are longer than data.max_prompt_tokens, and are left out")
+
+
+def judge_stage(loop: Loop, policy: Model, judge: Judge, samples: Path, output: Path) -> None:
+    """Judge what the policy said. A reward model is one more adapter beside it."""
+    judge_file(judge_for(loop, policy, judge), samples, output, loop.display)
+
+
+def judge_for(loop: Loop, policy: Model, judge: Judge) -> JudgeProtocol:
+    return make_judge(judge, policy, loop.chat, say=loop.display.say)
+
+
+def pair_stage(loop: Loop, number: int) -> None:
+    here = loop.directory.round(number)
+    try:
+        paired = pair_file(here.judged, here.pairs, loop.recipe.pairing, round=number)
+    except DataError as error:
+        if number == 1:
+            raise
+        raise NoPairs(f"round {number} ends the loop: {error}") from error
+    for line in paired.lines():
+        loop.display.say(f"round {number}: {line}")
+
+
+def train_stage(loop: Loop, number: int) -> None:
+    """The round's run, begun or gone on with, on the base in memory."""
+    here = loop.directory.round(number)
+    first = max(1, number - loop.recipe.rounds.earlier_pairs)
+    pairs = [loop.directory.round(n).pairs for n in range(first, number + 1)]
+    recipe = recipe_of_round(
+        loop.recipe,
+        number,
+        last=loop.adapter_after(number - 1),
+        pairs=pairs,
+        held_out=held_out_pairs(loop, number - 1),
+        run=here.run.path,
+    )
+    begun = here.run.recipe_file.exists() or bool(here.run.checkpoints())
+    train(recipe, resume=begun, on=loop.base, quiet=loop.display.quiet)
+
+
+def held_out_pairs(loop: Loop, number: int) -> Path | None:
+    """Pairs of the held-out responses of the policy after a round; None where they give none."""
+    there = loop.directory.round(number).held_out
+    if not there.pairs.exists():
+        try:
+            pair_file(there.judged, there.pairs, loop.recipe.pairing, round=number)
+        except DataError:
+            return None  # no two responses that differ enough: training then has nothing to evaluate on
+    return there.pairs
+
+
+def measure_stage(loop: Loop, number: int) -> None:
+    """Responses of the policy after a round to held-out prompts, and what they show."""
+    here = loop.directory.round(number)
+    if here.measures() is not None:
+        return
+    with _timed(here, "measure"), loop.policy_after(number) as policy:
+        rounds = loop.recipe.rounds
+        # The same noise after every round: what differs is the policy.
+        settings = seeded(loop.recipe.sampling, "held out", responses=rounds.held_out_responses)
+        sample_stage(loop, policy, loop.held_out, settings, here.held_out)
+        there = here.held_out
+        judge_stage(loop, policy, loop.recipe.judge, there.samples, there.judged)
+        if rounds.held_out_judge is not None:
+            second = replace(loop.recipe.judge, of=rounds.held_out_judge)
+            judge_stage(loop, policy, second, there.samples, here.second_opinion)
+        write_json(here.measures_file, {"round": number} | measure(loop, policy, here))
+
+
+def has_trained(run: RunDirectory) -> bool:
+    """Whether the run's last rename is done."""
+    return (run.adapter_folder / "adapter_model.safetensors").is_file()
+
+
+def seeded(sampling: Sampling, what: str, **changes: int) -> Sampling:
+    """The sampling with noise of its own for each use."""
+    digest = hashlib.sha256(f"{sampling.seed} {what}".encode()).digest()
+    return replace(sampling, seed=int.from_bytes(digest[:7], "big"), **changes)
+
+
+@contextmanager
+def _timed(here: RoundDirectory, stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        here.took(stage, time.monotonic() - started)

@@ -63,11 +63,13 @@ def open_finished(
     need_data: bool = True,
     display: Display | None = None,
     overrides: Sequence[str] = (),
+    on: Model | None = None,
 ) -> FinishedRun:
     """Load a run's base, adapter and held-out rows.
 
     data: a source to hold out instead of the recipe's own. need_data: whether rows that can't be read (they
-    moved, or were given from Python) are an error. Raises RunError where there is no run, or no adapter yet.
+    moved, or were given from Python) are an error. on: the run's base, alone, as it lies in memory already.
+    Raises RunError where there is no run, or no adapter yet.
     """
     display = display or Display(quiet=True)
     directory = RunDirectory.open(path)
@@ -85,7 +87,7 @@ def open_finished(
     adapters = str(directory.adapter_folder), reference_of(directory, recipe)
     check_early(recipe.base, adapters[0], "the adapter")
     kind = "reward" if recipe.loss.needs.rewards else "policy"
-    model = load_adapter(load_model(recipe.base), adapters[0], reference=adapters[1], kind=kind)
+    model = load_adapter(load_model(recipe.base, on=on), adapters[0], reference=adapters[1], kind=kind)
     record, template = read_record(directory.adapter_folder), held_out.tokenizer.chat_template
     for line in record_notes(record, recipe.base, template, f"the adapter in {adapters[0]}"):
         display.say(line)

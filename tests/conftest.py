@@ -44,7 +44,7 @@ def recipe(small_model: Path, tmp_path: Path):
     """Six steps on forty random pairs, the last eight held out."""
     from builders import pair_rows
 
-    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training
+    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Shift, Training
 
     rows = tmp_path / "pairs.jsonl"
     rows.write_text("".join(json.dumps(row) + "\n" for row in pair_rows(40)))
@@ -55,5 +55,6 @@ def recipe(small_model: Path, tmp_path: Path):
         training=Training(
             pairs_per_step=8, learning_rate=1e-2, epochs=20, max_steps=6, tokens_per_microbatch=400
         ),
+        shift=Shift(prompts=2, responses=1, max_new_tokens=4),
         run_directory=str(tmp_path / "run"),
     )

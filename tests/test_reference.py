@@ -665,7 +665,7 @@ def test_nothing_is_kept_where_it_is_not_wanted_or_nothing_asks_for_a_reference(
 ):
     run = train(override(recipe, [*words, "training.max_steps=1"]), quiet=True)
     assert not (cache_folder() / "reference").exists()
-    assert "reference_cache/hit_rate" not in next(run.records())
+    assert not any("reference_cache/hit_rate" in record for record in run.records())
 
 
 @pytest.mark.parametrize(("pairs", "tokens", "crash_at"), [(24, 150, 2), (40, 300, 1)])

@@ -1,6 +1,7 @@
 """The one 4-bit base, the adapters on it, and the roles that they play together."""
 
 from lora_dpo.model.adapters import add_adapter, save_adapter, save_for_resuming
+from lora_dpo.model.bare import bare
 from lora_dpo.model.base import load_base, load_config, load_tokenizer, pick_compute_dtype, pick_device
 from lora_dpo.model.dora import SMALLEST_NORM, dora_matrix
 from lora_dpo.model.loading import (
@@ -55,6 +56,7 @@ __all__ = [
     "as_policy",
     "as_reference",
     "as_reward",
+    "bare",
     "check_base",
     "check_early",
     "content_hash",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from peft import PeftModel
 
 from lora_dpo.errors import ModelError
 from lora_dpo.model.adapters import add_adapter
+from lora_dpo.model.bare import check_bare
 from lora_dpo.model.base import load_base, load_tokenizer, unquantized_bytes, verdict_on
 from lora_dpo.model.roles import Model, with_adapter
 from lora_dpo.model.saved import (
@@ -38,23 +40,21 @@ def load_model(
     *,
     seed: int = 0,
     reference: Reference | None = AUTO,
+    on: Model | None = None,
     rewards: bool = False,
 ) -> Model:
     """The base, with an adapter to train where one is given, and with its reference.
 
     A fresh adapter's initial values are a function of the seed. reference: None loads none, for an objective
-    that needs none. rewards: the adapter is trained as a reward model, with a score head; one from a folder
-    may be a language model's. Raises ModelError or RecipeError where something can't be had, or an adapter
-    was trained on another base.
+    that needs none. on: this base as it lies in memory already (see `bare`); nothing is loaded but adapters.
+    rewards: the adapter is trained as a reward model, with a score head; one from a folder may be a language
+    model's. Raises ModelError or RecipeError where something can't be had, or an adapter was trained on
+    another base.
     """
-    tokenizer = load_tokenizer(base)
-    verdict = verdict_on(base)
     if adapter is not None:
         check_early(base, adapter.start_from, "adapter.start_from")
         check_early(base, reference.adapter if reference else None, "reference.adapter")
-    network = load_base(base, verdict.way)
-    unquantized = unquantized_bytes(network)
-    model = Model(network, tokenizer, network.dtype, verdict, unquantized=unquantized, base=base)
+    model = _load(base) if on is None else _in_memory(on, base)
     if adapter is None:
         return model
     started = adapter.start_from is not None
@@ -65,11 +65,25 @@ def load_model(
     return model if reference is None else _with_reference(model, adapter, reference)
 
 
+def _load(base: Base) -> Model:
+    tokenizer, verdict = load_tokenizer(base), verdict_on(base)
+    network = load_base(base, verdict.way)
+    unquantized = unquantized_bytes(network)
+    return Model(network, tokenizer, network.dtype, verdict, unquantized=unquantized, base=base)
+
+
+def _in_memory(model: Model, base: Base) -> Model:
+    """The model, if it is this base alone."""
+    check_bare(model)
+    if model.base != base:
+        raise ModelError(f"the base in memory was loaded from {model.base}, and this asks for {base}")
+    return dataclasses.replace(model)
+
+
 def load_adapter(model: Model, folder: str, *, reference: str | None = None, kind: Kind = "policy") -> Model:
     """A base with a finished adapter from a folder, frozen; and with another one as its reference.
 
     kind: whose it must be; a reward model's is then on in the policy's role, as it was trained.
-
     Raises ModelError where one of them can't be used, or was trained on another base.
     """
     model = _put(model, read_adapter(folder, "the adapter", kind=kind), POLICY)

@@ -1,9 +1,9 @@
 """Public preference-data formats, read into one record that knows its file and row.
 
 The way of a row: `sources` finds files, `json_rows` and `tables` read them row by row, `layouts` (for SFT
-`demonstrations`, for KTO `ratings`) recognises each from its own columns, `validate` checks the conversation,
-`building` makes the record, `mixture` weights, caps and splits, `mismatched` pairs ratings with the responses
-of others. `loading` puts them together.
+`demonstrations`, for KTO `ratings`, for sampling `prompts`) recognises each from its own columns, `validate`
+checks the conversation, `building` makes the record, `mixture` weights, caps and splits, `mismatched` pairs
+ratings with the responses of others. `loading` puts them together.
 """
 
 from lora_dpo.preferences.loading import (
@@ -12,6 +12,7 @@ from lora_dpo.preferences.loading import (
     describe_skipped,
     load_demonstrations,
     load_preferences,
+    load_prompts,
     load_ratings,
 )
 from lora_dpo.preferences.records import (
@@ -20,6 +21,7 @@ from lora_dpo.preferences.records import (
     Demonstration,
     Message,
     Preference,
+    Prompt,
     Rating,
     Where,
 )
@@ -31,11 +33,13 @@ __all__ = [
     "Loaded",
     "Message",
     "Preference",
+    "Prompt",
     "Rating",
     "Where",
     "describe_ratings",
     "describe_skipped",
     "load_demonstrations",
     "load_preferences",
+    "load_prompts",
     "load_ratings",
 ]

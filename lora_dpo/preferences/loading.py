@@ -15,17 +15,20 @@ from lora_dpo.preferences.building import DEMONSTRATIONS, PREFERENCES, RATINGS
 from lora_dpo.preferences.mismatched import with_mismatched
 from lora_dpo.preferences.mixture import (
     Record,
+    digest,
     held_out_prompts,
     prompt_key,
     repeat,
     sample,
     without_prompts,
 )
+from lora_dpo.preferences.prompts import PROMPTS
 from lora_dpo.preferences.records import (
     AnyRecord,
     BadRowError,
     Demonstration,
     Preference,
+    Prompt,
     Rating,
     RefusalError,
     Row,
@@ -80,6 +83,19 @@ def load_ratings(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> 
             why = "KTO's estimate of the KL divergence takes the response of another one"
             raise DataError(f"{records[0].where} is the only rating for {name}: {why}")
     return replace(loaded, train=with_mismatched(loaded.train), eval=with_mismatched(loaded.eval))
+
+
+def load_prompts(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> Loaded[Prompt]:
+    """As `load_preferences`, of any rows with a prompt, whatever else they hold; every prompt once."""
+    loaded = _load(data, PROMPTS[data.format], seed, base_dir)
+    return replace(loaded, train=_distinct(loaded.train), eval=_distinct(loaded.eval))
+
+
+def _distinct(prompts: Sequence[Prompt]) -> list[Prompt]:
+    found: dict[bytes, Prompt] = {}
+    for item in prompts:
+        found.setdefault(digest([item.prompt, item.tools, item.template_kwargs]), item)
+    return list(found.values())
 
 
 def describe_ratings(records: Sequence[AnyRecord]) -> list[str]:

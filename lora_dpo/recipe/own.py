@@ -1,4 +1,4 @@
-"""A user's own objective: where its class is, and back."""
+"""A user's own objective or function: where it is, and back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,38 @@ def objective_name(kind: type[Objective]) -> str:
 def import_objective(name: str, key: str) -> type[Objective]:
     """The class of such a name; its file is run, so it is as trusted as any script. Raises RecipeError."""
     place, _, attribute = name.rpartition(":")
-    try:
-        if place.endswith(".py"):
-            found: Any = run_script(Path(place)).get(attribute)
-        else:
-            found = getattr(importlib.import_module(place), attribute, None)
-    except RecipeError as error:
-        raise RecipeError(f"{key} got {name!r}: {error}") from error
-    except Exception as error:  # whatever the user's own code raises
-        raise RecipeError(f"{key} got {name!r}: {type(error).__name__}: {error}") from error
+    found = _named(name, key)
     if not (isinstance(found, type) and issubclass(found, Objective)):
         what = "no such class" if found is None else "no lora_dpo.Objective"
         raise RecipeError(f"{key} got {name!r}: {place} has {what} {attribute}")
     if "__dataclass_fields__" not in vars(found):
         raise RecipeError(f"{key} got {name!r}: put @dataclass(frozen=True) above class {attribute}")
     return found
+
+
+def import_function(name: str, key: str) -> Callable[..., Any]:
+    """What "file.py:name" or "module:name" calls, a function; as trusted as a script. Raises RecipeError."""
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise RecipeError(f"{key} got {name!r}; it takes FILE.py:NAME or module:NAME")
+    found = _named(name, key)
+    if not callable(found):
+        what = "no" if found is None else "something else than a function under"
+        raise RecipeError(f"{key} got {name!r}: {place} has {what} {attribute}")
+    return found
+
+
+def _named(name: str, key: str) -> Any:
+    """The variable of a script or module; None where it has none of that name. Raises RecipeError."""
+    place, _, attribute = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            return run_script(Path(place).expanduser()).get(attribute)
+        return getattr(importlib.import_module(place), attribute, None)
+    except RecipeError as error:
+        raise RecipeError(f"{key} got {name!r}: {error}") from error
+    except Exception as error:  # whatever the user's own code raises
+        raise RecipeError(f"{key} got {name!r}: {type(error).__name__}: {error}") from error
 
 
 def run_script(file: Path) -> dict[str, Any]:

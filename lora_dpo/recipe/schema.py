@@ -11,6 +11,7 @@ from lora_dpo.losses import DPO, Objective
 from lora_dpo.recipe.adapter import Adapter, Reference
 from lora_dpo.recipe.coerce import Parsed, refusal
 from lora_dpo.recipe.section import Count, CountOrZero, Fraction, NotNegative, Positive, Section
+from lora_dpo.recipe.shift import Shift
 
 
 def parse_rows(value: Any, key: str) -> Any:
@@ -177,6 +178,7 @@ class Recipe(Section):
     adapter: Adapter = field(default_factory=Adapter)
     reference: Reference = field(default_factory=Reference)
     training: Training = field(default_factory=Training)
+    shift: Shift = field(default_factory=Shift)
     run_directory: str = "runs/latest"
 
     def __post_init__(self) -> None:

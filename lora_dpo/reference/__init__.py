@@ -5,6 +5,7 @@ from lora_dpo.reference.fresh import reference_logprobs
 from lora_dpo.reference.identity import (
     BASE,
     adapter_fingerprint,
+    adapters_fingerprint,
     base_fingerprint,
     fingerprint_in_memory,
     reference_fingerprint,
@@ -15,6 +16,7 @@ __all__ = [
     "BASE",
     "ReferenceCache",
     "adapter_fingerprint",
+    "adapters_fingerprint",
     "base_fingerprint",
     "fingerprint_in_memory",
     "reference_fingerprint",

@@ -167,8 +167,8 @@ class RunDirectory:
     def drop_records_after(self, step: int, *, evaluated: bool = True) -> list[int]:
         """Cut the metrics back to a step, so that a resumed run has no step twice.
 
-        evaluated: whether an evaluation after that very step is kept. Returns the numbers of lines that could
-        not be read, but for a last one, which a kill may cut.
+        evaluated: whether what was measured after that very step is kept. Returns the numbers of lines that
+        could not be read, but for a last one, which a kill may cut.
         """
         lost: list[int] = []
         try:
@@ -178,7 +178,7 @@ class RunDirectory:
 
         def kept(record: Mapping[str, Any]) -> bool:
             return record["step"] < step or (
-                record["step"] == step and (evaluated or record["kind"] != "evaluation")
+                record["step"] == step and (evaluated or record["kind"] == "step")
             )
 
         write_text(self.metrics_file, "".join(json.dumps(r) + "\n" for r in records if kept(r)))

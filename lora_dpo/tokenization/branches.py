@@ -48,6 +48,14 @@ class Branches:
         """Side `index` alone, as the whole conversation was tokenized: int32 [P + R_i]."""
         return np.concatenate([self.prefix, self.rests[index]])
 
+    @property
+    def prompt_ids(self) -> Ids:
+        """What stands before the first scored token of side 0: int32 [tokens], at least one; the whole side
+        where nothing of it is scored.
+        """
+        first = int(self.scored[0].argmax())
+        return self.side(0)[:first] if first else self.side(0)
+
     def only(self, sides: Sequence[int]) -> Branches:
         """These sides alone."""
         rests, scored = (tuple(parts[n] for n in sides) for parts in (self.rests, self.scored))

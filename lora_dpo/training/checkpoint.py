@@ -38,7 +38,7 @@ class TrainingState:
     data, held_out, base: fingerprints of the training examples, of those held out, and of the base in memory.
     evaluated: the step after which the held-out examples were last looked at.
     skipped_steps: how many were left out because a number was none (training.on_bad_step=skip).
-    watch: what `Watch.state` gave.
+    watch, shift: what `Watch.state` and `Fading.state` gave.
     versions: of the libraries, and what was computed on. changes: what a resumed run was allowed to change.
     """
 
@@ -52,6 +52,7 @@ class TrainingState:
     skipped_in_a_row: int = 0
     skipped_steps: int = 0
     watch: dict[str, Any] = field(default_factory=dict)
+    shift: dict[str, Any] = field(default_factory=dict)
     data: str = ""
     held_out: str = ""
     base: str = ""

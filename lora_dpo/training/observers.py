@@ -19,10 +19,11 @@ class Record:
     """What happened: an optimizer step, or an evaluation after one.
 
     step: how many optimizer steps are done. steps: how many there will be. metrics: name → number; an
-    evaluation's names begin with "eval/".
+    evaluation's names begin with "eval/", and with "shift/" what was measured on the policy's own samples.
+    kind: "shift" where only that was measured: before the first step, or where nothing is held out.
     """
 
-    kind: Literal["step", "evaluation"]
+    kind: Literal["step", "evaluation", "shift"]
     step: int
     steps: int
     metrics: Mapping[str, float]

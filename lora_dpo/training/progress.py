@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any, cast
 
@@ -75,7 +75,7 @@ class Display:
 
     def observe(self, record: Record) -> None:
         text = describe(record)
-        if record.kind == "evaluation":
+        if record.kind != "step":
             self.say(f"step {record.step}: {text}")
         elif self._bar is not None and self.live:
             self._bar.update(self._bar.task_ids[0], completed=record.step, facts=text)
@@ -131,16 +131,30 @@ SHOWN = {
 }
 
 
+SHOWN_OF_SHIFT = {
+    "shift/kl": "KL {:.2f}",
+    "shift/chosen_gap": "gap to chosen {:+.2f}",
+    "shift/rejected_gap": "to rejected {:+.2f}",
+    "shift/response_gap": "gap to responses {:+.2f}",
+    "shift/completion_gap": "gap to completions {:+.2f}",
+}
+
+
 def describe(record: Record) -> str:
     """A record's main metrics in one line."""
+    shift = "  ".join(_facts(record.metrics, SHOWN_OF_SHIFT))
+    if record.kind == "shift":
+        return f"own samples: {shift}"
     prefix = "eval/" if record.kind == "evaluation" else ""
-    facts = [
-        text.format(record.metrics[prefix + k]) for k, text in SHOWN.items() if prefix + k in record.metrics
-    ]
+    facts = _facts(record.metrics, {prefix + name: text for name, text in SHOWN.items()})
     if prefix:
-        return "evaluation: " + "  ".join(facts)
+        return "evaluation: " + "  ".join([*facts, *([f"own samples: {shift}"] if shift else [])])
     left = record.metrics.get("seconds_left", 0.0)
     return "  ".join(facts) + (f"  {duration(left)} left" if left >= 1 else "")
+
+
+def _facts(metrics: Mapping[str, float], shown: Mapping[str, str]) -> list[str]:
+    return [text.format(metrics[name]) for name, text in shown.items() if name in metrics]
 
 
 def duration(seconds: float) -> str:

@@ -31,6 +31,10 @@ MAY_CHANGE = {
     "training.on_bad_step",
     "training.trackers",
     "training.reference_cache",
+    "shift.prompts",
+    "shift.responses",
+    "shift.max_new_tokens",
+    "shift.every",
 }
 """Keys that a resumed run may change: they don't touch what is learned."""
 

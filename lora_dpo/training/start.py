@@ -14,6 +14,7 @@ from lora_dpo.errors import RecipeError, RunError
 from lora_dpo.evaluation import metric_names
 from lora_dpo.model import (
     Model,
+    bare,
     find_adapter,
     load_config,
     load_model,
@@ -43,23 +44,28 @@ def train(
     resume: bool = False,
     accept: Sequence[str] = (),
     quiet: bool = False,
+    on: Model | None = None,
 ) -> RunDirectory:
     """Run a recipe: data, base and adapter, preflight, training. Returns the run directory.
 
     observers are called with every `Record`. resume goes on with the run in the recipe's run directory, from
     its newest whole checkpoint. accept: what may then differ from the run that began: keys or sections of the
-    recipe, "data", "base", "reference"; anything else that differs is refused.
+    recipe, "data", "base", "reference"; anything else that differs is refused. on: the recipe's base, alone,
+    as it lies in memory already: it is used instead of another copy, and is alone again when this ends.
     Raises UserError for what the user can mend, and Stopped after SIGINT, SIGTERM or SIGHUP.
     """
     display = Display(quiet=quiet)
     stops = Stops(say=display.say)
     with stops.listening():
         try:
-            return _prepared(recipe, display, stops, observers, resume, accept)
+            return _prepared(recipe, display, stops, observers, resume, accept, on)
         except Interrupted as stop:
             run = RunDirectory(Path(recipe.run_directory).expanduser())
             newest = Checkpoints(run, recipe.training.keep_checkpoints).newest_written()
             raise Stopped(stop.number, newest, begun=run.recipe_file.exists()) from None
+        finally:
+            if on is not None:
+                bare(on)
 
 
 def _prepared(
@@ -69,6 +75,7 @@ def _prepared(
     observers: Sequence[Observer],
     resume: bool,
     accept: Sequence[str],
+    on: Model | None,
 ) -> RunDirectory:
     """Everything that needs no data, under the lock of the run directory."""
     check_training(recipe)
@@ -100,7 +107,7 @@ def _prepared(
             # What can be refused at once is, before the minutes that data and base may take.
             recorded = newest / RECIPE if newest is not None else run.recipe_file
             refuse(recipe_differences(recipe, recorded), accept)
-        _train(recipe, run, accelerator, display, stops, checkpoints, observers, resume, newest, accept)
+        _train(recipe, run, accelerator, display, stops, checkpoints, observers, resume, newest, accept, on)
     return run
 
 
@@ -115,6 +122,7 @@ def _train(
     resume: bool,
     newest: Path | None,
     accept: Sequence[str],
+    on: Model | None,
 ) -> None:
     # Everything about the data is known before the minutes that loading a large base takes.
     data = prepare_data(
@@ -123,7 +131,7 @@ def _train(
     if (recipe.training.eval_every or recipe.training.best_metric) and not data.eval:
         raise RecipeError("training.eval_every needs held-out rows: data.eval, eval_fraction or eval_last")
     check_positions(recipe, data)
-    model = _load(recipe, data, accelerator, display)
+    model = _load(recipe, data, accelerator, display, on)
     # Now, as the base's files may be others by the time that the adapter is written.
     template, dtype = data.tokenizer.chat_template, model.compute_dtype
     main = accelerator.is_main_process
@@ -158,7 +166,9 @@ def _train(
         trainer.run()
 
 
-def _load(recipe: Recipe, data: TrainingData, accelerator: Accelerator, display: Display) -> Model:
+def _load(
+    recipe: Recipe, data: TrainingData, accelerator: Accelerator, display: Display, on: Model | None
+) -> Model:
     started = time.monotonic()
     reference = recipe.reference if recipe.loss.needs_reference else None
     model = load_model(
@@ -167,6 +177,7 @@ def _load(recipe: Recipe, data: TrainingData, accelerator: Accelerator, display:
         seed=recipe.training.seed,
         reference=reference,
         rewards=recipe.loss.needs.rewards,
+        on=on,
     )
     if recipe.adapter.init == "eva":
         budget, seed = recipe.training.tokens_per_microbatch, recipe.training.seed

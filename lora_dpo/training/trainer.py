@@ -41,6 +41,7 @@ from lora_dpo.training.optimizer_steps import OptimizerSteps
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display, duration
 from lora_dpo.training.resuming import checkpoint_differences, refuse, say_other_versions, versions
+from lora_dpo.training.shift_meter import ShiftMeter
 from lora_dpo.training.speed import Speed
 from lora_dpo.training.watch import Watch
 
@@ -98,6 +99,7 @@ class Trainer:
         self.checkpoints = checkpoints or Checkpoints(run, self.training.keep_checkpoints)
         self.speed = Speed(0, self.steps, model.device)
         self.watch = Watch()
+        self.shift = ShiftMeter(recipe, model, data, display.say)
         self.observers = [metrics_file(run), display.observe, *observers]
         if self.training.trackers:
             self.observers.insert(1, trackers(accelerator, "lora_dpo", to_dict(recipe), display.say))
@@ -125,12 +127,13 @@ class Trainer:
                 setattr(then, name, getattr(now, name))
             self.state = then
             self.watch.restore(then.watch)
+            self.shift.fading.restore(then.shift)
             self._saved = None if differ else copy.deepcopy(then)
             if self.scaler.is_enabled() and then.loss_scale:
                 scale = {"scale": then.loss_scale, "_growth_tracker": then.loss_scale_growth}
                 self.scaler.load_state_dict(self.scaler.state_dict() | scale)
         if self.accelerator.is_main_process:
-            evaluated = self.state.evaluated == self.state.step
+            evaluated = self.state.evaluated == self.state.step > 0
             lost = self.run_directory.drop_records_after(self.state.step, evaluated=evaluated)
             if lost:
                 self.display.say(
@@ -176,12 +179,15 @@ class Trainer:
                     self._loop()
             except Interrupted as stop:
                 # Of several processes only what all agreed on may be waited for.
-                if self._settled and (self.updates.alone or self.updates.stop is not None):
+                agreed = self.updates.alone or self.updates.stop is not None
+                if self._settled and agreed and self.state.step:  # before the first there is nothing to keep
                     self._save()
                 raise Stopped(stop.number, self.checkpoints.newest_written()) from None
 
     def _loop(self) -> None:
-        if self.state.step and self._evaluation_due():
+        if not self.state.step:
+            self._take({}, self._measure_shift())  # what later ones are compared with
+        elif self._look_due():
             self._evaluate_and_save()  # the run was stopped before, or during, this evaluation
         while self.state.step < self.steps and not self._stop_early():
             with self.stops.held():
@@ -226,17 +232,24 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         step, every = self.state.step, self.training.eval_every
-        due = step == self.steps or bool(every and step % every == 0)
-        return bool(self.data.eval) and due and self.state.evaluated != step
+        return bool(self.data.eval) and (step == self.steps or bool(every and step % every == 0))
+
+    def _shift_due(self) -> bool:
+        return self.shift.due(self.state.step, self.steps, self._evaluation_due())
+
+    def _look_due(self) -> bool:
+        """Whether something is to be measured after this step, and has not been."""
+        return self.state.evaluated != self.state.step and (self._evaluation_due() or self._shift_due())
 
     def _evaluate_and_save(self) -> None:
         step, last = self.state.step, self.state.step == self.steps
         better = False
-        if self._evaluation_due():
+        if self._look_due():
             # A signal breaks it off, where this is the only process: it is done again after --resume.
-            result = self._evaluate()
+            result = self._evaluate() if self._evaluation_due() else {}
+            shift = self._measure_shift() if self._shift_due() else {}
             with self.stops.held():
-                better = self._take(result)
+                better = self._take(result, shift)
         due = self.training.save_every and step % self.training.save_every == 0
         if due or last or better or self._stop_early():
             self._save()
@@ -249,15 +262,25 @@ class Trainer:
             tokens_per_microbatch=self.state.tokens_per_microbatch,
             intervals=False,
             cache=self.cache,
-            say=lambda line: self.display.say(f"step {self.state.step}: {line}"),
+            say=self._say_here,
         ).means()
 
-    def _take(self, result: dict[str, float]) -> bool:
-        """Tell the observers the held-out metrics; True if the best metric so far is this one."""
-        self._tell("evaluation", {f"eval/{name}": value for name, value in finite_only(result).items()})
-        self.state.evaluated = self.state.step
+    def _measure_shift(self) -> dict[str, float]:
+        return self.shift.measure(self.state.tokens_per_microbatch, self._say_here)
+
+    def _say_here(self, line: str) -> None:
+        self.display.say(f"step {self.state.step}: {line}")
+
+    def _take(self, result: dict[str, float], shift: dict[str, float]) -> bool:
+        """Tell the observers what was measured; True if the best metric so far is this one."""
+        told = {f"eval/{name}": value for name, value in result.items()} | shift
+        if told:
+            self._tell("evaluation" if result else "shift", finite_only(told))
+        for line in self.shift.taken(shift):
+            self.display.say(line)
+        self.state.evaluated, self.state.shift = self.state.step, self.shift.fading.state()
         metric = self.training.best_metric
-        if metric is None:
+        if metric is None or not result:
             return False
         # The main process decides: another's rounding must not make it save alone.
         value = broadcast_object_list([result[metric]])[0]

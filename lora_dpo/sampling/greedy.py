@@ -1,4 +1,4 @@
-"""Responses from the base with, or without, its adapters."""
+"""The most likely response to each prompt."""
 
 from __future__ import annotations
 

@@ -159,8 +159,8 @@ def _put(
 def put_reward(model: Model, folder: str, key: str = "the reward model") -> Model:
     """The model with a reward model's adapter and score head more, frozen, for `as_reward`.
 
-    Policy and reference stay as they are; one that was there before is another's name, and is refused.
-    Raises ModelError where it can't be used, or was trained on another base.
+    Policy and reference stay as they are. Raises ModelError where it can't be used, was trained on another
+    base, or one is there already.
     """
     if model.reward_adapters:
         raise ModelError(f"{key}: there is a reward model on this base already")

@@ -2,7 +2,9 @@
 
 It is named and saved as transformers' sequence classification names its head, `score`, so that PEFT loads a
 reward model's adapter there. The base's own head is all zeros, belongs to no fingerprint of the base, and is
-never quantized; every adapter that is a reward model's holds a float32 copy of its own.
+never quantized; every adapter that is a reward model's holds a float32 copy of its own. Nor does transformers
+quantize it when it loads such an adapter's base: it leaves a model's last module alone, unless somebody's own
+`llm_int8_skip_modules` doesn't name `score`.
 """
 
 from __future__ import annotations
@@ -92,8 +94,8 @@ def check_kind(values: Mapping[str, Any], kind: Kind, what: str) -> None:
         )
     if kind == "policy" and reward:
         raise ModelError(
-            f"{what} is a reward model's adapter ({TASK}), which writes no text: it rewards responses as"
-            " judge.of=reward:FOLDER; name a language model's here"
+            f"{what} was trained for {TASK}, as a reward model is, which writes no text: it rewards responses"
+            " as judge.of=reward:FOLDER; name a language model's here"
         )
 
 

@@ -20,8 +20,8 @@ class Rounds(Section):
     count: rounds at most. prompts: how many each round samples for, in a random order in which all come once
     before any comes again; all of them by default.
     adapter: "continue" trains last round's adapter further, "fresh" begins each round at the base again.
-    count: rounds at most. prompts: how many each round samples for, in a random order in which all come
-    once before any comes again; all of them by default.
+    reference: "last" is last round's policy, frozen; "base" the base with adapters off. Before the first
+    round the last policy is the adapter in adapter.start_from, or the base.
     earlier_pairs: pairs of so many rounds before are trained on too.
     held_out_prompts, held_out_responses: how many held-out prompts are answered after each round, and how
     often, to see its reward, KL divergence, lengths and repetition.

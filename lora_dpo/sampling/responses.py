@@ -14,6 +14,7 @@ from lora_dpo.sampling.decoding import Engine, NotANumberError, Response, respon
 from lora_dpo.sampling.greedy import ROLES, Role
 from lora_dpo.sampling.noise import prompt_key, uniforms
 from lora_dpo.sampling.own_cache import Again, OwnCache, has_own_cache
+from lora_dpo.sampling.shared_prompts import SharedPrompts, can_share_prompts
 from lora_dpo.sampling.waves import Wave, must_be_alike, rows_at_once, tokens_in_cache, waves
 
 Say = Callable[[str], None]
@@ -74,6 +75,8 @@ def plan(model: Model, lengths: Sequence[int], settings: Sampling) -> list[Wave]
 
 def engine_for(model: Model) -> Engine:
     """The fastest way of decoding that is right for the model."""
+    if can_share_prompts(model):
+        return SharedPrompts(model)
     return OwnCache(model) if has_own_cache(model) else Again(model)
 
 
@@ -150,11 +153,15 @@ class _Job:
         try:
             return respond(engine_for(self.model), ids, len(which), noise, self.chooser, self.stop_ids, rooms)
         except NotANumberError as error:
-            n = prompts[error.prompt]
-            raise RunError(
-                f"the logits of a response to prompt {n + 1} ({self.keys[n]}) are no numbers: the model"
-                " overflows there (base.compute_dtype=float32 shows whether it is the dtype)"
-            ) from None
+            wrong = prompts[error.prompt]
+        if len(prompts) > 1:
+            # Through masked places of attention it reaches neighbours: whose it is, shows alone.
+            for n in prompts:
+                self._respond([n], which)
+        raise RunError(
+            f"the logits of a response to prompt {wrong + 1} ({self.keys[wrong]}) are no numbers: the model"
+            " overflows there (base.compute_dtype=float32 shows whether it is the dtype)"
+        )
 
     def _context(self) -> int | None:
         return getattr(self.model.causal.config.get_text_config(), "max_position_embeddings", None)

@@ -14,6 +14,9 @@ from filelock import FileLock, Timeout
 
 from lora_dpo.errors import RunError
 
+LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+"""What some readers take for the end of a line, and JSON allows inside of strings: written as escapes."""
+
 
 class GrowingFile:
     """One line an item, written when the item is done. Open it with `growing`."""
@@ -49,12 +52,13 @@ class GrowingFile:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """One line more, whole or not at all. Raises RunError."""
-        text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        text = json.dumps(line, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
+        encoded = (text + "\n").encode()
         try:
             with self.file.open("ab", buffering=0) as out:
                 end = out.tell()
                 try:
-                    if out.write(text) != len(text):  # a full disk may take a part
+                    if out.write(encoded) != len(encoded):  # a full disk may take a part
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     os.fsync(out.fileno())
                 except OSError:

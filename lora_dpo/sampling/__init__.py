@@ -5,9 +5,11 @@ from lora_dpo.sampling.files import Counts, sample_to_file, sampler_id
 from lora_dpo.sampling.greedy import ROLES, Role, greedy
 from lora_dpo.sampling.noise import prompt_key
 from lora_dpo.sampling.responses import sample
+from lora_dpo.sampling.vllm import VLLM
 
 __all__ = [
     "ROLES",
+    "VLLM",
     "Counts",
     "Response",
     "Role",

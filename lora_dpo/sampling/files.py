@@ -28,6 +28,7 @@ from lora_dpo.sampling.decoding import Response
 from lora_dpo.sampling.greedy import Role
 from lora_dpo.sampling.noise import prompt_key
 from lora_dpo.sampling.responses import sample
+from lora_dpo.sampling.vllm import VLLM
 from lora_dpo.tokenization import ChatTokenizer
 
 
@@ -94,7 +95,7 @@ def sampler_id(
 
 
 def sample_to_file(
-    model: Model,
+    model: Model | VLLM,
     chat: ChatTokenizer,
     records: Sequence[Record],
     settings: Sampling,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from lora_dpo.errors import RunError
@@ -14,6 +14,8 @@ from lora_dpo.sampling.decoding import Engine, NotANumberError, Response, respon
 from lora_dpo.sampling.greedy import ROLES, Role
 from lora_dpo.sampling.noise import prompt_key, uniforms
 from lora_dpo.sampling.own_cache import Again, OwnCache, has_own_cache
+from lora_dpo.sampling.shared_prompts import SharedPrompts, can_share_prompts
+from lora_dpo.sampling.vllm import VLLM
 from lora_dpo.sampling.waves import Wave, must_be_alike, rows_at_once, tokens_in_cache, waves
 
 Say = Callable[[str], None]
@@ -21,20 +23,21 @@ Done = Callable[[int, list[Response]], None]
 
 
 def sample(
-    model: Model,
+    model: Model | VLLM,
     prompts: Sequence[Sequence[int]],
     settings: Sampling,
     *,
     stop_ids: Sequence[int],
     role: Role = "policy",
     keys: Sequence[str] | None = None,
-    known: Container[int] = (),
+    known: Collection[int] = (),
     done: Done | None = None,
     progress: Callable[[int], None] | None = None,
     say: Say = lambda line: None,
 ) -> list[list[Response]]:
     """`settings.responses` responses to each prompt.
 
+    model: in memory; or a `VLLM`, whose promises are its own.
     prompts: token ids, each ending where the response begins. role: who answers. keys: a name for each prompt
     (a hash of its ids by default): the noise of a token is a function of (seed, key, which response, which
     token) alone. known: places of prompts that were answered before; nothing is returned or told of them.
@@ -47,6 +50,17 @@ def sample(
     result by rounding. Raises RunError for a prompt that is empty or fills the model's context, and for
     logits that are no numbers.
     """
+    if isinstance(model, VLLM):
+        return model.draw(
+            prompts,
+            settings,
+            stop_ids=stop_ids,
+            role=role,
+            keys=keys,
+            known=known,
+            done=done,
+            progress=progress,
+        )
     names = [prompt_key(ids) for ids in prompts] if keys is None else list(keys)
     job = _Job(model, prompts, names, settings, tuple(stop_ids), say)
     job.check()
@@ -74,6 +88,8 @@ def plan(model: Model, lengths: Sequence[int], settings: Sampling) -> list[Wave]
 
 def engine_for(model: Model) -> Engine:
     """The fastest way of decoding that is right for the model."""
+    if can_share_prompts(model):
+        return SharedPrompts(model)
     return OwnCache(model) if has_own_cache(model) else Again(model)
 
 
@@ -150,11 +166,15 @@ class _Job:
         try:
             return respond(engine_for(self.model), ids, len(which), noise, self.chooser, self.stop_ids, rooms)
         except NotANumberError as error:
-            n = prompts[error.prompt]
-            raise RunError(
-                f"the logits of a response to prompt {n + 1} ({self.keys[n]}) are no numbers: the model"
-                " overflows there (base.compute_dtype=float32 shows whether it is the dtype)"
-            ) from None
+            wrong = prompts[error.prompt]
+        if len(prompts) > 1:
+            # Through masked places of attention it reaches neighbours: whose it is, shows alone.
+            for n in prompts:
+                self._respond([n], which)
+        raise RunError(
+            f"the logits of a response to prompt {wrong + 1} ({self.keys[wrong]}) are no numbers: the model"
+            " overflows there (base.compute_dtype=float32 shows whether it is the dtype)"
+        )
 
     def _context(self) -> int | None:
         return getattr(self.model.causal.config.get_text_config(), "max_position_embeddings", None)

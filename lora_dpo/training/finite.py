@@ -16,10 +16,11 @@ from lora_dpo.errors import RunError
 from lora_dpo.evaluation import places
 from lora_dpo.model import Model
 from lora_dpo.tokenization import Branches
-from lora_dpo.training.step import BAD_LOSS, BAD_POLICY, BAD_REFERENCE, Step, accumulate
+from lora_dpo.training.step import BAD_LOSS, BAD_POLICY, BAD_REFERENCE, BAD_REWARDS, Step, accumulate
 
 CAUSES = {
     BAD_POLICY: "the policy's log-probs are not finite",
+    BAD_REWARDS: "the rewards are not finite",
     BAD_REFERENCE: "the reference's log-probs are not finite",
     BAD_LOSS: "the loss is not finite",
 }

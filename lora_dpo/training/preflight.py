@@ -61,6 +61,8 @@ def preflight(
             _check_runs(model, batch)
             if fresh_adapter and objective.needs_reference:
                 say((_check_start if model.starts_as_reference else _say_start)(model, objective, batch))
+            if fresh_adapter and objective.needs.rewards:
+                say(_say_rewards(model, objective, batch))
             say(_check_packing(model, longest))
             say(_check_isolation(model, few))
             if fresh_adapter:
@@ -114,6 +116,15 @@ def _say_start(model: Model, objective: Objective, batch: MicroBatch) -> str:
         f"policy and reference differ from the start, as the recipe has it: log-ratios are {ratio:.3g} nats"
         " on average, and that they be 0 is not checked"
     )
+
+
+def _say_rewards(model: Model, objective: Objective, batch: MicroBatch) -> str:
+    """A new score head is all zeros, and has no preference; one that was trained before has."""
+    logprobs = batch_logprobs(model, objective, batch)
+    loss, largest = objective(logprobs).per_example.mean().item(), logprobs.policy.abs().max().item()
+    if largest == 0.0:
+        return f"the score head is new: every reward is exactly 0, loss {loss:.6f}"
+    return f"the score head was trained before: rewards up to {largest:.3g}, loss {loss:.6f}"
 
 
 def _check_packing(model: Model, item: Branches) -> str:

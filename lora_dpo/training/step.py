@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 Gather = Callable[[LogProbs], tuple[Sequence[LogProbs], int]]
 
-BAD_POLICY, BAD_REFERENCE, BAD_LOSS = 1, 2, 4
+BAD_POLICY, BAD_REFERENCE, BAD_LOSS, BAD_REWARDS = 1, 2, 4, 8
 """What of an example may not be finite; its flag is the sum of these."""
 
 SMALLER = "lower data.max_tokens, or set training.gradient_checkpointing=offload"
@@ -36,8 +36,8 @@ class StepSums:
     """What a step adds up, as tensors on the device: nothing is read back before the step is done.
 
     step: what was run. loss: the sum of example losses over the step's examples. metrics: sums over this
-    process's examples. flags: of each of them in their order, 0 where log-probs and loss are finite, else the
-    sum of BAD_POLICY, BAD_REFERENCE and BAD_LOSS, float64 [examples]. state: what the objective hands to the
+    process's examples. flags: of each of them in their order, 0 where log-probs (or rewards) and loss are
+    finite, else the sum of BAD_…, float64 [examples]. state: what the objective hands to the
     next step. out_of_memory_retries: how often the step began again with a smaller budget.
     """
 
@@ -179,7 +179,7 @@ def _by_microbatch(step: Step, budget: int, sums: StepSums) -> None:
         step.backward(total)
         _add(sums, loss, total.detach())
         places = sent(torch.tensor(batch.examples), model.device)
-        sums.flags.index_copy_(0, places, _flags(logprobs, per_example))
+        sums.flags.index_copy_(0, places, _flags(step, logprobs, per_example))
         del batch, logprobs, loss, per_example, total
         give_back_freed(model.device)
 
@@ -200,7 +200,7 @@ def _whole_step(step: Step, budget: int, sums: StepSums) -> None:
     metrics = {name: values[rows] for name, values in loss.metrics.items()}
     total = per_example[rows].sum().detach() / step.totals.examples
     _add(sums, Loss(per_example, metrics, loss.state), total)
-    sums.flags.copy_(_flags(own, per_example[rows]))
+    sums.flags.copy_(_flags(step, own, per_example[rows]))
     tokens = slice(0)
     if own.tokens is not None:
         start = sum(len(part.by_token.policy) for part in parts[:mine])
@@ -276,10 +276,11 @@ def _add(sums: StepSums, loss: Loss, total: Tensor) -> None:
     sums.state = loss.state
 
 
-def _flags(logprobs: LogProbs, per_example: Tensor) -> Tensor:
+def _flags(step: Step, logprobs: LogProbs, per_example: Tensor) -> Tensor:
     """What of each example isn't finite, as a sum of BAD_…: float64 [B]. It waits for nothing."""
     flags = BAD_LOSS * (~per_example.detach().isfinite()).double()
-    flags += BAD_POLICY * (~logprobs.policy.detach().isfinite()).any(dim=1)
+    policy = BAD_REWARDS if step.objective.needs.rewards else BAD_POLICY
+    flags += policy * (~logprobs.policy.detach().isfinite()).any(dim=1)
     if logprobs.reference is not None:
         flags += BAD_REFERENCE * (~logprobs.reference.isfinite()).any(dim=1)
     return flags

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lora_dpo.evaluation import evaluate
     from lora_dpo.export import export_adapter, export_merged
     from lora_dpo.finished import evaluate_run, open_finished, side_by_side
+    from lora_dpo.judging import judge_file, make_judge, pair_file
     from lora_dpo.logprobs import token_logprobs
     from lora_dpo.losses import (
         AOT,
@@ -54,7 +55,18 @@ if TYPE_CHECKING:
     )
     from lora_dpo.model import load_model
     from lora_dpo.preferences import Preference, Rating, load_preferences, load_ratings
-    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Source, Training, load_recipe
+    from lora_dpo.recipe import (
+        Adapter,
+        Base,
+        Data,
+        Judge,
+        Pairing,
+        Recipe,
+        Reference,
+        Source,
+        Training,
+        load_recipe,
+    )
     from lora_dpo.reference import reference_logprobs
     from lora_dpo.reward import RewardModel, train_reward
     from lora_dpo.tokenization import ChatTokenizer, tokenize
@@ -78,6 +90,7 @@ _HOMES = {
     "evaluation": ("evaluate",),
     "export": ("export_adapter", "export_merged"),
     "finished": ("evaluate_run", "open_finished", "side_by_side"),
+    "judging": ("judge_file", "make_judge", "pair_file"),
     "logprobs": ("token_logprobs",),
     "losses": (
         "AOT",
@@ -114,7 +127,18 @@ _HOMES = {
     ),
     "model": ("load_model",),
     "preferences": ("Preference", "Rating", "load_preferences", "load_ratings"),
-    "recipe": ("Adapter", "Base", "Data", "Recipe", "Reference", "Source", "Training", "load_recipe"),
+    "recipe": (
+        "Adapter",
+        "Base",
+        "Data",
+        "Judge",
+        "Pairing",
+        "Recipe",
+        "Reference",
+        "Source",
+        "Training",
+        "load_recipe",
+    ),
     "reference": ("reference_logprobs",),
     "reward": ("RewardModel", "train_reward"),
     "tokenization": ("ChatTokenizer", "tokenize"),
@@ -150,11 +174,13 @@ __all__ = [
     "Data",
     "DiscoPOP",
     "Hinge",
+    "Judge",
     "LogProbs",
     "Loss",
     "MicroBatch",
     "Needs",
     "Objective",
+    "Pairing",
     "Preference",
     "Rating",
     "Recipe",
@@ -172,12 +198,15 @@ __all__ = [
     "evaluate_run",
     "export_adapter",
     "export_merged",
+    "judge_file",
     "load_model",
     "load_preferences",
     "load_ratings",
     "load_recipe",
+    "make_judge",
     "open_finished",
     "pack",
+    "pair_file",
     "preference_metrics",
     "preflight",
     "reference_logprobs",

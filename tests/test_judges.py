@@ -126,6 +126,22 @@ def test_another_source_is_another_judge_and_another_folder_is_not(tmp_path: Pat
     assert all(re.fullmatch("[0-9a-f]{16}", name) for name in prints)
 
 
+def test_two_functions_in_one_file_are_two_judges():
+    def one(prompt: Any, response: str) -> int:
+        return 1
+
+    made = [FunctionJudge(function, of="f") for function in (one, words, make_rule(1), make_rule(1))]
+    assert len({judge.fingerprint for judge in made[:3]}) == 3
+    assert made[2].fingerprint == made[3].fingerprint
+
+
+def make_rule(value: float) -> Any:
+    def rule(prompt: Any, response: str) -> float:
+        return value
+
+    return rule
+
+
 @pytest.mark.parametrize(
     ("of", "said"),
     [
@@ -531,6 +547,7 @@ def test_a_judge_that_gives_too_few_rewards_or_none_that_is_a_number_is_refused(
         ('{"id": "a", "prompt": 3, "responses": [{"text": "x"}]}', '"prompt"'),
         ('{"id": 7, "prompt": "p", "responses": [{"text": "x"}]}', '"id"'),
         ('{"id": "a", "prompt": "p", "responses": [{"text": 1}]}', "response 1"),
+        ('{"id": "a", "prompt": "p", "responses": [{"text": "\\ud800"}]}', "lone surrogate"),
         ('{"id": "a", "prompt": "p", "responses": [{"text": "x", "tokens": -1}]}', '"tokens"'),
         ('{"id": "a", "prompt": "p", "responses": [{"text": "x", "finished": 1}]}', '"finished"'),
     ],

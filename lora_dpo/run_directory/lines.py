@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,12 @@ class GrowingFile:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """One line more, whole or not at all. Raises RunError."""
-        text = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        self.extend([line])
+
+    def extend(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Several lines by one write, so that a kill finds all of them or none. Raises RunError."""
+        made = (json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+        text = "".join(made).encode()
         try:
             with self.file.open("ab", buffering=0) as out:
                 end = out.tell()

@@ -50,7 +50,7 @@ class Server:
             def do_POST(self):
                 outer.handle(self)
 
-            def log_message(self, *args: Any) -> None:
+            def log_message(self, format: str, *args: Any) -> None:
                 pass
 
         class Quiet(ThreadingHTTPServer):

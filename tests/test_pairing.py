@@ -247,6 +247,14 @@ def test_a_file_that_gives_no_pair_leaves_the_one_that_was_there(tmp_path: Path)
     assert pairs.read_text() == "before\n"
 
 
+def test_pairs_are_not_written_over_what_they_are_made_from(tmp_path: Path):
+    judged = write(tmp_path / "judged.jsonl", [judged_line("a", [1.0, 0.0])])
+    before = judged.read_bytes()
+    with pytest.raises(DataError, match="the judged file itself"):
+        pair_file(judged, tmp_path / "." / "judged.jsonl", Pairing())
+    assert judged.read_bytes() == before
+
+
 def test_samples_that_are_not_judged_are_refused_with_file_and_row(tmp_path: Path):
     line = judged_line("a", [1.0, 0.0])
     del line["responses"][1]["score"]

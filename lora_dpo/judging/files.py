@@ -6,11 +6,8 @@ preference file of ranked responses.
 
 from __future__ import annotations
 
-import errno
-import json
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,8 @@ from lora_dpo.judging.judges import Candidates, JudgeProtocol, at_once, check_re
 from lora_dpo.preferences import Where
 from lora_dpo.preferences.json_rows import read_jsonl
 from lora_dpo.preferences.records import RefusalError
-from lora_dpo.run_directory.writing import sync
+from lora_dpo.preferences.validate import check_unicode
+from lora_dpo.run_directory import GrowingFile, growing
 from lora_dpo.training import Display
 
 
@@ -41,6 +39,10 @@ class Sampled:
         if any(type(score) not in (int, float) or not math.isfinite(score) for score in found):
             raise DataError(f"{self.where}: a response has no score: judge the samples first (reward score)")
         return [float(score) for score in found]
+
+    def check_judged(self) -> None:
+        """Raise DataError where a response has no reward."""
+        _ = self.scores
 
 
 @dataclass(frozen=True)
@@ -88,21 +90,17 @@ def judge_file(judge: JudgeProtocol, samples: Path, output: Path, display: Displ
     rows = read_samples(samples)
     if not rows:
         raise DataError(f"{samples}: there are no samples")
-    done = _judged_before(judge, rows, output)
-    if done:
-        display.say(f"judging: {done} of {len(rows)} prompts are judged already in {output}")
-    with display.counting("judging", len(rows)) as advance:
-        advance(done)
-        for start in range(0, len(rows), at_once(judge)):
-            # The same groups again after a kill: a model's rewards may depend on them by rounding.
-            group = rows[max(start, done) : start + at_once(judge)]
-            if group:
-                candidates = [row.candidates for row in group]
-                rewards = judge(candidates, advance)
-                check_rewards(judge, candidates, rewards)
-                _append(
-                    output, [judged_line(row, own, judge) for row, own in zip(group, rewards, strict=True)]
-                )
+    with growing(output) as lines:
+        done = _judged_before(judge, rows, lines)
+        if done:
+            display.say(f"judging: {done} of {len(rows)} prompts are judged already in {output}")
+        with display.counting("judging", len(rows)) as advance:
+            advance(done)
+            for start in range(0, len(rows), at_once(judge)):
+                # The same groups again after a kill: a model's rewards may depend on them by rounding.
+                group = rows[max(start, done) : start + at_once(judge)]
+                if group:
+                    lines.extend(_judge(judge, group, advance))
     for line in notes_of(judge):
         display.say(f"judge: {line}")
     return _summary(read_samples(output), done)
@@ -120,19 +118,20 @@ def judged_line(row: Sampled, rewards: Sequence[float], judge: JudgeProtocol) ->
     return {**line, "responses": responses, "judge": tag(judge)}
 
 
-def _judged_before(judge: JudgeProtocol, rows: Sequence[Sampled], output: Path) -> int:
+def _judge(
+    judge: JudgeProtocol, group: Sequence[Sampled], advance: Callable[[int], None]
+) -> list[dict[str, Any]]:
+    candidates = [row.candidates for row in group]
+    rewards = judge(candidates, advance)
+    check_rewards(judge, candidates, rewards)
+    return [judged_line(row, own, judge) for row, own in zip(group, rewards, strict=True)]
+
+
+def _judged_before(judge: JudgeProtocol, rows: Sequence[Sampled], lines: GrowingFile) -> int:
     """How many lines are there; half a line at the end is cut off. Raises RunError for somebody else's."""
-    if not output.exists():
-        return 0
-    try:
-        with output.open("rb+") as stream:
-            end = stream.read().rfind(b"\n") + 1
-            stream.truncate(end)
-    except OSError as error:
-        raise RunError(f"cannot write {output}: {error.strerror}") from error
-    before = read_samples(output)
+    before = [_sampled(Where(str(lines.file), number), line) for number, line in lines.lines()]
     if len(before) > len(rows):
-        raise RunError(f"{output} holds more prompts than the samples: name another file")
+        raise RunError(f"{lines.file} holds more prompts than the samples: name another file")
     for old, row in zip(before, rows, strict=False):
         if old.line.get("judge") != tag(judge):
             raise RunError(
@@ -145,24 +144,8 @@ def _judged_before(judge: JudgeProtocol, rows: Sequence[Sampled], output: Path) 
                 f"{old.where} was made from other samples than {row.where}: name another file, or delete"
                 " this one"
             )
-        _ = old.scores
+        old.check_judged()
     return len(before)
-
-
-def _append(output: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """All of them by one write: a kill finds all or none, but on a failing disk. Raises RunError."""
-    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    data = text.encode("utf-8", "surrogatepass")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with output.open("ab", buffering=0) as stream:
-            end = stream.tell()
-            if stream.write(data) != len(data):
-                stream.truncate(end)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        sync(output)
-    except OSError as error:
-        raise RunError(f"cannot write {output}: {error.strerror}") from error
 
 
 def _summary(rows: Sequence[Sampled], already: int) -> Judged:
@@ -175,6 +158,10 @@ def _summary(rows: Sequence[Sampled], already: int) -> Judged:
 def _sampled(where: Where, row: object) -> Sampled:
     if isinstance(row, RefusalError):
         raise DataError(f"{where}: {row.reason}: {row.detail}")
+    try:
+        check_unicode(row, "the line")
+    except RefusalError as refusal:
+        raise DataError(f"{where}: {refusal.reason}: {refusal.detail}") from None
     if not isinstance(row, dict) or not isinstance(row.get("responses"), list) or not row["responses"]:
         raise DataError(f'{where}: a line of samples has "id", "prompt" and "responses"')
     responses = list(_responses(where, row["responses"]))

@@ -102,22 +102,19 @@ def _takes_many(function: Callable[..., Any]) -> bool:
 
 
 def _source(function: Callable[..., Any]) -> str:
-    """What tells one function from another: its module's text, or its own, or its bytecode."""
+    """What tells one function from another: its own text, where it stands, and that of its file.
+
+    What it closes over does not count; an attribute `fingerprint`, a text, stands for all of that.
+    """
     own = getattr(function, "fingerprint", None)
     if isinstance(own, str):
         return own
-    target = function if inspect.isroutine(function) else type(function)
-    for read in (_module_text, inspect.getsource):
-        try:
-            return read(target)
-        except (OSError, TypeError):
-            continue
-    code = getattr(target, "__code__", None)
-    return repr((code.co_code, code.co_consts)) if code is not None else repr(target)
-
-
-def _module_text(target: Any) -> str:
-    file = inspect.getsourcefile(target)
-    if file is None:
-        raise OSError("no file")
-    return xxhash.xxh3_64_hexdigest(Path(file).read_bytes())
+    target: Any = function if inspect.isroutine(function) else type(function)
+    try:
+        lines, start = inspect.getsourcelines(target)
+        file = inspect.getsourcefile(target)
+        text = Path(file).read_bytes() if file is not None else b""
+        return f"{start} {''.join(lines)} {xxhash.xxh3_64_hexdigest(text)}"
+    except (OSError, TypeError):  # typed at a prompt, or built in
+        code = getattr(target, "__code__", None)
+        return repr((code.co_code, code.co_names)) if code is not None else repr(target)

@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import find_adapter_config_file
 
 from lora_dpo.errors import ModelError, RecipeError
 from lora_dpo.model import content_hash
@@ -105,6 +106,9 @@ def _place(name: str, judge: Judge) -> str:
     if not folder.is_dir():
         if name.startswith((".", "/", "~")):
             raise ModelError(f"judge.of: there is no folder {name}")
+        # Given an adapter, transformers would take the base that it names instead.
+        if _call(name, lambda: find_adapter_config_file(name, revision=judge.revision)) is not None:
+            raise ModelError(f"judge.of: {name} is an adapter; reward:FOLDER takes one, on its base")
         return name
     if judge.revision is not None:
         raise RecipeError(f"judge.revision got {judge.revision!r}; a local folder, {name}, has none")

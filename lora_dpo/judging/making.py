@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from lora_dpo.errors import ModelError, RecipeError
 from lora_dpo.finished import open_finished, reference_of
 from lora_dpo.judging.classifier import ClassifierJudge
@@ -79,7 +81,7 @@ def _with_adapter(
     judge: Judge, run: RunDirectory, recipe: Recipe, model: Model
 ) -> tuple[Model, ChatTokenizer]:
     """A run's adapter on a bare base, and the tokenizer with the run's template."""
-    if model.adapter_layers:
+    if isinstance(model.network, PeftModel):
         raise ModelError(
             f"judge.of got {judge.of!r}, but the base holds another policy already: judge.of=implicit takes"
             " that one, and a bare base, or none, takes the run's"

@@ -51,6 +51,8 @@ def pair_file(judged: Path, output: Path, pairing: Pairing, *, round: int | None
     round: stands in every line, where one is given. Raises DataError, naming file and row, for what isn't
     judged, and where no prompt gives a pair.
     """
+    if output.resolve() == judged.resolve():
+        raise DataError(f"{output} is the judged file itself: name another one for the pairs")
     rows = read_samples(judged)
     found = [(row, pair(responses_of(row), row.candidates.id, pairing)) for row in rows]
     pairs = [(row, made) for row, made in found if isinstance(made, Pair)]

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +52,12 @@ class GrowingFile:
 
     def append(self, line: Mapping[str, Any]) -> None:
         """One line more, whole or not at all. Raises RunError."""
-        text = json.dumps(line, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS)
-        encoded = (text + "\n").encode()
+        self.extend([line])
+
+    def extend(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Several lines by one write; a full disk takes all of them or none. Raises RunError."""
+        made = (json.dumps(line, ensure_ascii=False, allow_nan=False).translate(LINE_ENDS) for line in lines)
+        encoded = "".join(f"{text}\n" for text in made).encode()
         try:
             with self.file.open("ab", buffering=0) as out:
                 end = out.tell()

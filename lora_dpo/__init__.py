@@ -53,8 +53,9 @@ if TYPE_CHECKING:
     )
     from lora_dpo.model import load_model
     from lora_dpo.preferences import Preference, Rating, load_preferences, load_ratings
-    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Source, Training, load_recipe
+    from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Shift, Source, Training, load_recipe
     from lora_dpo.reference import reference_logprobs
+    from lora_dpo.shift import measure_shift
     from lora_dpo.tokenization import ChatTokenizer, tokenize
     from lora_dpo.training import Record, preflight, train
 
@@ -111,8 +112,19 @@ _HOMES = {
     ),
     "model": ("load_model",),
     "preferences": ("Preference", "Rating", "load_preferences", "load_ratings"),
-    "recipe": ("Adapter", "Base", "Data", "Recipe", "Reference", "Source", "Training", "load_recipe"),
+    "recipe": (
+        "Adapter",
+        "Base",
+        "Data",
+        "Recipe",
+        "Reference",
+        "Shift",
+        "Source",
+        "Training",
+        "load_recipe",
+    ),
     "reference": ("reference_logprobs",),
+    "shift": ("measure_shift",),
     "tokenization": ("ChatTokenizer", "tokenize"),
     "training": ("Record", "preflight", "train"),
 }
@@ -156,6 +168,7 @@ __all__ = [
     "Record",
     "Reference",
     "RobustDPO",
+    "Shift",
     "SimPO",
     "Source",
     "StepSampler",
@@ -170,6 +183,7 @@ __all__ = [
     "load_preferences",
     "load_ratings",
     "load_recipe",
+    "measure_shift",
     "open_finished",
     "pack",
     "preference_metrics",

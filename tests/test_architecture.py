@@ -28,6 +28,7 @@ LAYERS = [
     ["shift"],
     ["training"],
     ["finished"],
+    ["answering"],
     ["export"],
     ["quickstart"],
     ["cli"],

@@ -19,6 +19,8 @@ from lora_dpo.recipe import Adapter, Sampling
 from lora_dpo.sampling import Response, greedy, prompt_key, responses, sample
 from lora_dpo.sampling.choosing import NOT_A_NUMBER, Chooser, inverse, never_drawn, nucleus
 from lora_dpo.sampling.noise import philox, uniforms
+from lora_dpo.sampling.own_cache import Again, OwnCache
+from lora_dpo.sampling.shared_prompts import SharedPrompts
 from lora_dpo.sampling.waves import waves
 from lora_dpo.ways import use_attention
 
@@ -148,14 +150,16 @@ def test_top_p_looks_at_probabilities_after_temperature():
 
 def test_padding_and_rows_of_the_head_beyond_the_tokenizer_are_never_drawn():
     tokenizer = small_tokenizer()
-    vocabulary, never = never_drawn(tokenizer, [tokenizer.eos_token_id])
-    assert vocabulary == len(tokenizer) and never == (tokenizer.pad_token_id,)
-    assert never_drawn(tokenizer, [tokenizer.pad_token_id])[1] == ()  # there it ends a turn
+    pad, stop = 0, 2
+    assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (pad, stop)
+    vocabulary, never = never_drawn(tokenizer, [stop])
+    assert vocabulary == len(tokenizer) and never == (pad,)
+    assert never_drawn(tokenizer, [pad])[1] == ()  # there it ends a turn
     logits = torch.zeros(2000, 340)
     logits[:, len(tokenizer) :] = 50
-    logits[:, tokenizer.pad_token_id] = 50
+    logits[:, pad] = 50
     drawn = Chooser(1.0, 1.0, vocabulary, never)(logits, torch.from_numpy(uniforms(0, ["x"], [0], 2000)[0]))
-    assert drawn.max() < len(tokenizer) and tokenizer.pad_token_id not in drawn
+    assert drawn.max() < len(tokenizer) and pad not in drawn
     assert len(set(drawn.tolist())) >= len(tokenizer) - 5
 
 
@@ -232,14 +236,30 @@ def test_stop_tokens_end_a_response_and_are_left_out(model: Model):
     assert 3 < ended < 24
 
 
-@pytest.mark.parametrize("name", ["llama4_text, chunks", "gemma2, softcap", "falcon, rotary", "bamba",
-                                  "recurrent_gemma", "doge, dynamic mask", "mpt, alibi"])  # fmt: skip
-def test_logits_of_shared_prompts_are_those_of_a_plain_forward_pass(name: str):
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        ("llama", SharedPrompts),
+        ("mistral, window", SharedPrompts),
+        ("gemma2, softcap", SharedPrompts),
+        ("gpt2", SharedPrompts),
+        ("gpt_oss, sinks", SharedPrompts),
+        ("deepseek_v3, MLA", SharedPrompts),
+        ("llama4_text, chunks", OwnCache),
+        ("falcon, rotary", OwnCache),
+        ("mpt, alibi", OwnCache),
+        ("bamba", OwnCache),
+        ("recurrent_gemma", Again),
+        ("doge, dynamic mask", Again),
+    ],
+)
+def test_logits_of_shared_prompts_are_those_of_a_plain_forward_pass(name: str, engine: type):
     """To 1e-9 in float64, after repeating each prompt and leaving rows out twice."""
     way, config = ARCHITECTURES[name]
     with float64_throughout(), probing._quiet(), torch.no_grad():
         torch.manual_seed(0)
         model = model_around(next(small_models(config())), way)
+        assert type(responses.engine_for(model)) is engine
         check_against_plain(model)
 
 
@@ -327,6 +347,7 @@ def test_where_memory_runs_out_less_is_answered_at_a_time_and_the_same(model: Mo
         return genuine(engine, prompts, copies, *rest)
 
     monkeypatch.setattr(responses, "respond", narrow)
+    monkeypatch.setattr(responses, "give_back_memory", lambda: None)  # a second, each time
     said: list[str] = []
     assert sample(model, prompts, settings(), stop_ids=[STOP], say=said.append) == expected
     assert sizes[:3] == [12, 6, 3] and max(sizes[3:]) <= 2

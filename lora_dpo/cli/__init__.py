@@ -5,6 +5,7 @@ Each module registers its commands on `app` when it is imported; their order is 
 
 from lora_dpo.cli import training as training  # isort: skip
 from lora_dpo.cli import exporting as exporting  # isort: skip
+from lora_dpo.cli import sampling as sampling  # isort: skip
 from lora_dpo.cli.app import app, main
 from lora_dpo.cli.ending import friendly_errors
 from lora_dpo.cli.scripts import recipe_help, run

@@ -12,6 +12,7 @@ from lora_dpo.preferences.loading import (
     describe_skipped,
     load_demonstrations,
     load_preferences,
+    load_prompts,
     load_ratings,
 )
 from lora_dpo.preferences.records import (
@@ -20,6 +21,7 @@ from lora_dpo.preferences.records import (
     Demonstration,
     Message,
     Preference,
+    Prompt,
     Rating,
     Where,
 )
@@ -31,11 +33,13 @@ __all__ = [
     "Loaded",
     "Message",
     "Preference",
+    "Prompt",
     "Rating",
     "Where",
     "describe_ratings",
     "describe_skipped",
     "load_demonstrations",
     "load_preferences",
+    "load_prompts",
     "load_ratings",
 ]

@@ -21,11 +21,13 @@ from lora_dpo.preferences.mixture import (
     sample,
     without_prompts,
 )
+from lora_dpo.preferences.prompts import PROMPTS
 from lora_dpo.preferences.records import (
     AnyRecord,
     BadRowError,
     Demonstration,
     Preference,
+    Prompt,
     Rating,
     RefusalError,
     Row,
@@ -80,6 +82,11 @@ def load_ratings(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> 
             why = "KTO's estimate of the KL divergence takes the response of another one"
             raise DataError(f"{records[0].where} is the only rating for {name}: {why}")
     return replace(loaded, train=with_mismatched(loaded.train), eval=with_mismatched(loaded.eval))
+
+
+def load_prompts(data: Data, *, seed: int = 0, base_dir: Path | None = None) -> Loaded[Prompt]:
+    """As `load_preferences`, of any rows with a prompt; what else they hold is ignored."""
+    return _load(data, PROMPTS[data.format], seed, base_dir)
 
 
 def describe_ratings(records: Sequence[AnyRecord]) -> list[str]:

@@ -7,12 +7,12 @@ import random
 from collections.abc import Sequence
 from typing import TypeVar
 
-from lora_dpo.preferences.records import AnyRecord, Demonstration, Preference, Rating
+from lora_dpo.preferences.records import AnyRecord, Demonstration, Preference, Prompt, Rating
 
-Record = TypeVar("Record", Preference, Demonstration, Rating)
+Record = TypeVar("Record", Preference, Demonstration, Rating, Prompt)
 
 
-def prompt_key(record: AnyRecord) -> bytes:
+def prompt_key(record: AnyRecord | Prompt) -> bytes:
     """A digest that two records share when their prompts are equal.
 
     Records without a prompt (whole texts) share it when they are equal as a whole.
@@ -20,7 +20,7 @@ def prompt_key(record: AnyRecord) -> bytes:
     content: object = record.prompt
     if not content and isinstance(record, Preference):
         content = [record.chosen, record.rejected]
-    elif not content and not isinstance(record, Preference):
+    elif not content and not isinstance(record, (Preference, Prompt)):
         content = [record.response]
     return digest(content)
 

@@ -80,6 +80,16 @@ class Rating:
         object.__setattr__(self, "values", {**self.values, "desirable": float(self.desirable)})
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What is to be answered, without an answer; the fields are as in `Preference`."""
+
+    prompt: Messages | str
+    where: Where
+    tools: tuple[dict[str, Any], ...] | None = None
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
 AnyRecord = Preference | Demonstration | Rating
 
 

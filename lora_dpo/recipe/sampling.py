@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 from lora_dpo.bounds import AtLeast
+from lora_dpo.errors import RecipeError
+from lora_dpo.recipe.coerce import build
 from lora_dpo.recipe.section import Count, Positive, Section
 
 
@@ -27,3 +30,14 @@ class Sampling(Section):
     max_new_tokens: Count = 256
     seed: Annotated[int, AtLeast(0, high=2**63 - 1)] = 0
     tokens_in_cache: Count | None = None
+
+
+def sampling_of(words: Sequence[str]) -> Sampling:
+    """From "key=value" texts; "sampling." in front may be left out. Raises RecipeError by key."""
+    values: dict[str, str] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals:
+            raise RecipeError(f"{word!r} is no key: write key=value, such as responses=8")
+        values[key.strip().removeprefix("sampling.")] = value
+    return build(Sampling, values, "sampling")

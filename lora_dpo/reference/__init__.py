@@ -5,6 +5,7 @@ from lora_dpo.reference.fresh import reference_logprobs
 from lora_dpo.reference.identity import (
     BASE,
     adapter_fingerprint,
+    adapters_fingerprint,
     base_fingerprint,
     reference_fingerprint,
     reference_identity,
@@ -14,6 +15,7 @@ __all__ = [
     "BASE",
     "ReferenceCache",
     "adapter_fingerprint",
+    "adapters_fingerprint",
     "base_fingerprint",
     "reference_fingerprint",
     "reference_identity",

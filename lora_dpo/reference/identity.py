@@ -9,7 +9,7 @@ and (while the reference is the base) the adapter's rank and seed.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,13 +77,17 @@ def reference_identity(model: Model, reference: str = BASE, *, base: str | None 
 
 def reference_fingerprint(model: Model) -> str:
     """Who speaks as this model's reference now: `BASE`, or a hash of the adapters that are on then."""
-    if not model.reference_adapters:
+    return adapters_fingerprint(model, model.reference_adapters)
+
+
+def adapters_fingerprint(model: Model, names: Sequence[str]) -> str:
+    """A hash of the adapters of these names, as they are now; `BASE` for none."""
+    if not names or not isinstance(model.network, PeftModel):
         return BASE
     network = model.network
-    assert isinstance(network, PeftModel)
     usual = LoraConfig().to_dict()
     prints = []
-    for name in model.reference_adapters:
+    for name in names:
         config = network.peft_config[name].to_dict()
         # What is at its default is left out: a key that a later peft adds makes it no other adapter.
         told = {key: value for key, value in config.items() if value != usual.get(key)}

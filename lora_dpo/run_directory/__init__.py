@@ -2,10 +2,12 @@
 
 directory.py  the folder of a run and what lies in it
 writing.py    files and folders that appear whole; room for them
+lines.py      files of JSON lines that grow, and are gone on with
 manifest.py   whether a folder is what was written
 """
 
 from lora_dpo.run_directory.directory import RunDirectory, cache_folder
+from lora_dpo.run_directory.lines import GrowingFile, growing
 from lora_dpo.run_directory.manifest import MANIFEST, damage
 from lora_dpo.run_directory.writing import (
     LOCK,
@@ -20,11 +22,13 @@ from lora_dpo.run_directory.writing import (
 __all__ = [
     "LOCK",
     "MANIFEST",
+    "GrowingFile",
     "RunDirectory",
     "cache_folder",
     "damage",
     "delete_folder",
     "grow_folder",
+    "growing",
     "in_words",
     "need_space",
     "write_folder",

@@ -1,8 +1,19 @@
 """Responses from the base with, or without, its adapters."""
 
 from lora_dpo.sampling.decoding import Response
+from lora_dpo.sampling.files import Counts, sample_to_file, sampler_id
 from lora_dpo.sampling.greedy import ROLES, Role, greedy
 from lora_dpo.sampling.noise import prompt_key
 from lora_dpo.sampling.responses import sample
 
-__all__ = ["ROLES", "Response", "Role", "greedy", "prompt_key", "sample"]
+__all__ = [
+    "ROLES",
+    "Counts",
+    "Response",
+    "Role",
+    "greedy",
+    "prompt_key",
+    "sample",
+    "sample_to_file",
+    "sampler_id",
+]

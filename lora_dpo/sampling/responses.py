@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 
 from lora_dpo.errors import RunError
@@ -14,6 +14,7 @@ from lora_dpo.sampling.decoding import Engine, NotANumberError, Response, respon
 from lora_dpo.sampling.greedy import ROLES, Role
 from lora_dpo.sampling.noise import prompt_key, uniforms
 from lora_dpo.sampling.own_cache import Again, OwnCache, has_own_cache
+from lora_dpo.sampling.shared_prompts import SharedPrompts, can_share_prompts
 from lora_dpo.sampling.waves import Wave, must_be_alike, rows_at_once, tokens_in_cache, waves
 
 Say = Callable[[str], None]
@@ -28,6 +29,7 @@ def sample(
     stop_ids: Sequence[int],
     role: Role = "policy",
     keys: Sequence[str] | None = None,
+    known: Container[int] = (),
     done: Done | None = None,
     progress: Callable[[int], None] | None = None,
     say: Say = lambda line: None,
@@ -36,12 +38,15 @@ def sample(
 
     prompts: token ids, each ending where the response begins. role: who answers. keys: a name for each prompt
     (a hash of its ids by default): the noise of a token is a function of (seed, key, which response, which
-    token) alone. done: called once for each prompt when its responses are there, in the order in which they
-    are made; progress: with how many more prompts are done. torch's random state stays as it is.
+    token) alone. known: places of prompts that were answered before; nothing is returned or told of them.
+    done: called with a prompt's place and responses when they are there. progress: with how many more
+    prompts are done. torch's random state stays as it is.
 
-    Prompts are answered in waves, which are a function of their lengths and of what was set. Where memory
-    runs out a wave is halved, which is said, and may move a result by rounding. Raises RunError for a prompt
-    that is empty or fills the model's context, and for logits that are no numbers.
+    Prompts are answered in waves, which are a function of their lengths and of what was set. A wave of known
+    prompts is passed over; in any other one they are answered too, so that on a CPU the new ones are to the
+    bit what they would have been. Where memory runs out a wave is halved, which is said, and may move a
+    result by rounding. Raises RunError for a prompt that is empty or fills the model's context, and for
+    logits that are no numbers.
     """
     names = [prompt_key(ids) for ids in prompts] if keys is None else list(keys)
     job = _Job(model, prompts, names, settings, tuple(stop_ids), say)
@@ -49,12 +54,16 @@ def sample(
     made: list[list[Response]] = [[] for _ in prompts]
     with generating(model), ROLES[role](model):
         for wave in plan(model, [len(ids) for ids in prompts], settings):
-            for n, responses in zip(wave.prompts, job.answer(wave.prompts), strict=True):
-                made[n] = responses
+            new = [n for n in wave.prompts if n not in known]
+            if not new:
+                continue
+            answers = dict(zip(wave.prompts, job.answer(wave.prompts), strict=True))
+            for n in new:
+                made[n] = answers[n]
                 if done is not None:
-                    done(n, responses)
+                    done(n, answers[n])
             if progress is not None:
-                progress(len(wave.prompts))
+                progress(len(new))
     return made
 
 
@@ -66,6 +75,8 @@ def plan(model: Model, lengths: Sequence[int], settings: Sampling) -> list[Wave]
 
 def engine_for(model: Model) -> Engine:
     """The fastest way of decoding that is right for the model."""
+    if can_share_prompts(model):
+        return SharedPrompts(model)
     return OwnCache(model) if has_own_cache(model) else Again(model)
 
 
@@ -142,11 +153,15 @@ class _Job:
         try:
             return respond(engine_for(self.model), ids, len(which), noise, self.chooser, self.stop_ids, rooms)
         except NotANumberError as error:
-            n = prompts[error.prompt]
-            raise RunError(
-                f"the logits of a response to prompt {n + 1} ({self.keys[n]}) are no numbers: the model"
-                " overflows there (base.compute_dtype=float32 shows whether it is the dtype)"
-            ) from None
+            wrong = prompts[error.prompt]
+        if len(prompts) > 1:
+            # Through masked places of attention it reaches neighbours: whose it is, shows alone.
+            for n in prompts:
+                self._respond([n], which)
+        raise RunError(
+            f"the logits of a response to prompt {wrong + 1} ({self.keys[wrong]}) are no numbers: the model"
+            " overflows there (base.compute_dtype=float32 shows whether it is the dtype)"
+        )
 
     def _context(self) -> int | None:
         return getattr(self.model.causal.config.get_text_config(), "max_position_embeddings", None)

@@ -66,7 +66,7 @@ def eval_command(
     display.say(f"written to {finished.directory.evaluation_file}")
     shift = shift_of_run(finished, display=display)
     if shift:
-        display.say("\non own samples, in nats a token but for kl (see lora_dpo/shift.py)")
+        display.say("\nthe policy's own samples beside the data; gaps and changes in nats a token")
     for name, value in shift.items():
         display.say(f"  {name:<24} {value:.3f}")
     if samples:

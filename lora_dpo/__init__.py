@@ -75,6 +75,7 @@ if TYPE_CHECKING:
     from lora_dpo.reward import RewardModel, train_reward
     from lora_dpo.rounds import run_rounds
     from lora_dpo.sampling import sample
+    from lora_dpo.shift import measure_shift
     from lora_dpo.tokenization import ChatTokenizer, tokenize
     from lora_dpo.training import Record, preflight, train
 
@@ -153,6 +154,7 @@ _HOMES = {
     "reward": ("RewardModel", "train_reward"),
     "rounds": ("run_rounds",),
     "sampling": ("sample",),
+    "shift": ("measure_shift",),
     "tokenization": ("ChatTokenizer", "tokenize"),
     "training": ("Record", "preflight", "train"),
 }
@@ -220,6 +222,7 @@ __all__ = [
     "load_ratings",
     "load_recipe",
     "make_judge",
+    "measure_shift",
     "open_finished",
     "pack",
     "pair_file",

@@ -24,7 +24,15 @@ from lora_dpo.preferences import AnyRecord, Preference, Rating
 from lora_dpo.recipe import Recipe, load_recipe, override
 from lora_dpo.run_directory import MANIFEST, RunDirectory, damage, write_text
 from lora_dpo.sampling import Role, greedy
-from lora_dpo.training import Display, HeldOut, chat_tokenizer, prepare_held_out, reference_cache
+from lora_dpo.training import (
+    Display,
+    HeldOut,
+    ShiftMeter,
+    TrainingData,
+    chat_tokenizer,
+    prepare_held_out,
+    reference_cache,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +158,19 @@ def evaluate_run(run: FinishedRun, *, display: Display | None = None) -> Evaluat
         )
     write_text(run.directory.evaluation_file, json.dumps(dataclasses.asdict(result), indent=1))
     return result
+
+
+def shift_of_run(run: FinishedRun, *, display: Display | None = None) -> dict[str, float]:
+    """`shift/…` of the trained policy on held-out prompts, as the run's last ones were; nothing where the
+    recipe leaves it out, or no row is held out.
+    """
+    display = display or Display(quiet=True)
+    if not run.data.eval:
+        return {}
+    data = TrainingData([], run.data.eval, run.data.tokenizer)
+    return ShiftMeter(run.recipe, run.model, data, display.say).measure(
+        run.tokens_per_microbatch, display.say
+    )
 
 
 def side_by_side(

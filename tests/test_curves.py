@@ -18,6 +18,7 @@ from lora_dpo.export.card.curves import draw_curves, points, running_mean
 
 METRICS = ("loss", "rewards/accuracy", "rewards/margin", "logps/chosen_change", "logps/rejected_change")
 
+SHIFT = ("Own samples likelier than", "KL from the reference, own samples")
 THREE = ("Loss", "Preference accuracy", "Margin of implicit rewards")
 
 
@@ -26,9 +27,12 @@ def records(steps: int, metrics: tuple[str, ...] = METRICS, every: int = 4) -> l
     found: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
         values = {name: (n + 1) / step for n, name in enumerate(metrics)}
-        found.append({"step": step, "kind": "step", **values})
+        of_step = {name: value for name, value in values.items() if "shift/" not in name}
+        found.append({"step": step, "kind": "step", **of_step})
         if step % every == 0:
-            held_out = {f"eval/{name}": value + 0.1 for name, value in values.items()}
+            held_out = {
+                name if "shift/" in name else f"eval/{name}": value + 0.1 for name, value in values.items()
+            }
             found.append({"step": step, "kind": "evaluation", **held_out})
     return found
 
@@ -87,6 +91,11 @@ def test_drawing_opens_no_window_and_reading_the_module_loads_nothing(tmp_path: 
             ("loss", "rewards/accuracy", "rewards/margin", "logps/chosen", "logps/rejected"),  # no reference
             [*THREE, "Log-probability of responses"],
         ),
+        (
+            (*METRICS, "shift/chosen_gap", "shift/rejected_gap", "shift/kl"),
+            [*THREE, "Log-probability against the reference", *SHIFT],
+        ),
+        (("loss", "shift/completion_gap"), ["Loss", "Own samples likelier than data"]),
     ],
 )
 def test_each_kind_of_objective_has_its_panels(
@@ -143,3 +152,8 @@ def test_a_running_mean_is_that_of_the_numbers_around():
 def test_a_file_that_cannot_be_written_is_an_error_in_words(tmp_path: Path):
     with pytest.raises(RunError, match="cannot write"):
         draw_curves(records(3), tmp_path / "missing" / "a.png")
+
+
+def test_what_was_measured_on_own_samples_alone_is_drawn(tmp_path: Path):
+    found = [{"step": step, "kind": "shift", "shift/kl": step / 2} for step in (0, 10)]
+    assert draw_curves(found, tmp_path / "a.png")

@@ -18,6 +18,7 @@ import yaml
 from builders import float64_model, llama_config, random_branches
 
 from lora_dpo.attention import NAME
+from lora_dpo.finished import open_finished, shift_of_run
 from lora_dpo.losses import DPO, KTO, SFT
 from lora_dpo.model import Model, as_reference
 from lora_dpo.preferences import Where
@@ -340,6 +341,7 @@ def test_looking_changes_nothing_and_not_looking_samples_nothing(
 def test_a_run_begins_as_its_reference_and_moves(recipe: Recipe):
     run = train(override(recipe, ["shift.prompts=8", "training.max_steps=20"]), quiet=True)
     (_, _, begun), (_, _, ended) = shift_of(run)
+    assert shift_of_run(open_finished(run.path)) == pytest.approx(ended, abs=1e-5)
     assert begun["shift/kl"] == begun["shift/chosen_change"] == begun["shift/rejected_change"] == 0.0
     # Eight held-out prompts: the pairs are all of them, though only as far as a sample may go.
     assert ended["shift/rejected_change"] < ended["shift/chosen_change"]
@@ -432,7 +434,7 @@ def test_a_measurement_that_fails_ends_no_run(
     monkeypatch.setattr(METER, "measure_shift", failing)
     run = train(override(recipe, ["training.eval_every=2"]))
     said = capsys.readouterr().out
-    assert len(calls) == 1 and said.count("the run goes on without it") == 1
+    assert len(calls) == 1 and said.count("is left out from here on") == 1
     assert ("memory ran out" in said) == isinstance(error, RuntimeError)
     assert shift_of(run) == [] and run.adapter_folder.exists()
 

@@ -51,10 +51,10 @@ def eval_command(
 ) -> None:
     """Evaluate a run on held-out pairs.
 
-    Accuracy and margin with 95% bootstrap intervals, log-prob changes, and answers of base and policy side
-    by side.
+    Accuracy and margin with 95% bootstrap intervals, log-prob changes, how far the policy has moved from its
+    data (shift/…), and answers of base and policy side by side.
     """
-    from lora_dpo.finished import evaluate_run, open_finished, side_by_side
+    from lora_dpo.finished import evaluate_run, open_finished, shift_of_run, side_by_side
     from lora_dpo.training import Display
 
     display = Display()
@@ -64,6 +64,11 @@ def eval_command(
     for name, interval in result.metrics.items():
         display.say(f"  {name:<24} {interval}")
     display.say(f"written to {finished.directory.evaluation_file}")
+    shift = shift_of_run(finished, display=display)
+    if shift:
+        display.say("\nthe policy's own samples beside the data; gaps and changes in nats a token")
+    for name, value in shift.items():
+        display.say(f"  {name:<24} {value:.3f}")
     if samples and not finished.recipe.loss.needs.rewards:
         made = side_by_side(finished, count=samples, max_new_tokens=max_new_tokens, display=display)
         _show_samples(display, made)

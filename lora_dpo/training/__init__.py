@@ -5,6 +5,7 @@ from lora_dpo.training.data import HeldOut, TrainingData, chat_tokenizer, prepar
 from lora_dpo.training.observers import Observer, Record
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display
+from lora_dpo.training.shift_meter import ShiftMeter
 from lora_dpo.training.start import reference_cache, train
 from lora_dpo.training.step import step_gradient
 from lora_dpo.training.trainer import Trainer
@@ -14,6 +15,7 @@ __all__ = [
     "HeldOut",
     "Observer",
     "Record",
+    "ShiftMeter",
     "Stopped",
     "Trainer",
     "TrainingData",

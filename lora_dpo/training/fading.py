@@ -58,17 +58,17 @@ class Fading:
 
     def _line(self, metrics: Mapping[str, float], sides: list[str]) -> str:
         beside = " and ".join(
-            f"{metrics[side]:.2g} nats a token likelier than {_name(side)} responses (it began with"
+            f"{metrics[side]:.2g} nats a token likelier than {_name(side)} responses (at first"
             f" {self._first[side]:+.2g})"
             for side in sides
         )
         return (
-            f"watch: what this policy says by itself is {beside}, and a response lies"
-            f" {metrics['shift/kl']:.3g} nats from the reference: its data no longer tell it much about its"
-            " own answers. Pairs sampled from this policy do: `lora-dpo rounds` samples, judges and trains"
-            " again; so does a reward model that picks best and worst of many samples. Or hold it closer: a"
-            " larger loss.beta, a lower training.learning_rate, fewer training.epochs, or DPOP or RPO, which"
-            " hold the chosen ones up"
+            f"watch: the signal of these data fades: what the policy says by itself is {beside}, and a"
+            f" response of its own lies {metrics['shift/kl']:.3g} nats from the reference. Pairs sampled"
+            " from this policy teach it more: `lora-dpo rounds` samples, judges and trains again; so does"
+            " rejection sampling, the best and worst of many samples by a reward model. Or hold it closer to"
+            " its data: a larger loss.beta, a lower training.learning_rate, fewer training.epochs, or DPOP or"
+            " RPO, which hold the chosen ones up"
         )
 
 

@@ -75,7 +75,7 @@ class ShiftMeter:
             self._spent += time.monotonic() - began
         self._failed = True
         give_back_memory()
-        say(f"note: shift/… can't be measured, and the run goes on without it: {wrong}")
+        say(f"note: shift/… can't be measured, and is left out from here on: {wrong}")
         return {}
 
     def taken(self, metrics: Mapping[str, float]) -> list[str]:

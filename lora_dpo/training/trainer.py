@@ -186,7 +186,7 @@ class Trainer:
 
     def _loop(self) -> None:
         if not self.state.step:
-            self._take({}, self._measure_shift())  # what later ones are compared with
+            self._begin()
         elif self._look_due():
             self._evaluate_and_save()  # the run was stopped before, or during, this evaluation
         while self.state.step < self.steps and not self._stop_early():
@@ -208,6 +208,13 @@ class Trainer:
             self._finish()
         if self.updates.alone:
             self.stops.check()
+
+    def _begin(self) -> None:
+        """What later measurements of shift are compared with; its time is none of the steps'."""
+        shift = self._measure_shift()
+        with self.stops.held():
+            self._take({}, shift)
+        self.speed = Speed(0, self.steps, self.model.device)
 
     def _step_or_save(self) -> dict[str, float]:
         """A step. One that is refused before its update costs none of those before it."""

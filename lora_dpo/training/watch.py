@@ -209,7 +209,7 @@ class Watch:
             f"watch: chosen responses have become {-now:.3g} nats less likely than under the reference,"
             f" rejected ones {-rejected_now:.3g}, and both still fall: what the policy says instead is in"
             " neither. Try DPOP or RPO, which hold the chosen ones up, a larger loss.beta, a lower"
-            " training.learning_rate, or pairs sampled from this policy"
+            " training.learning_rate, or pairs sampled from this policy (`lora-dpo rounds`)"
         )
 
     def _begun(self, name: str) -> float | None:

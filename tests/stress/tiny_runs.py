@@ -13,7 +13,7 @@ from builders import pair_rows, save_small_model
 from nursery import Nursery
 
 from lora_dpo.losses import BCO, DPO
-from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Training, override, to_yaml
+from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Shift, Training, override, to_yaml
 from lora_dpo.run_directory import RunDirectory, damage
 
 TIMING = {"tokens_per_second", "pairs_per_second", "peak_memory_gib", "seconds", "seconds_left"}
@@ -68,6 +68,7 @@ class Workshop:
                 tokens_per_microbatch=200,
                 eval_every=2,
             ),
+            shift=Shift(prompts=2, responses=1, max_new_tokens=4),
         )
         return override(recipe, [*VARIANTS[variant], *changes])
 

@@ -1,4 +1,4 @@
-"""A run's curves as a picture: loss, accuracy, margin and log-prob changes over optimizer steps.
+"""A run's curves as a picture: loss, accuracy, margin, log-prob changes and shift over optimizer steps.
 
 Training is drawn light, with its running mean; what was measured on held-out rows as points with a line.
 """
@@ -29,11 +29,15 @@ Points = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Curve:
-    """One metric by its name in the records; an evaluation's has eval/ in front."""
+    """One metric by its name in the records; an evaluation's has eval/ in front, but for shift/."""
 
     key: str
     label: str
     color: str
+
+    @property
+    def held_out(self) -> str:
+        return self.key if self.key.startswith("shift/") else f"eval/{self.key}"
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,8 @@ class Panel:
 
 def _two(first: str, second: str) -> tuple[Curve, Curve]:
     """Two curves, each labelled by the end of its name."""
-    labels = (name.rpartition("/")[2].removesuffix("_change") for name in (first, second))
+    names = (name.rpartition("/")[2] for name in (first, second))
+    labels = (name.removesuffix("_change").removesuffix("_gap") for name in names)
     return Curve(first, next(labels), BLUE), Curve(second, next(labels), ORANGE)
 
 
@@ -79,6 +84,12 @@ PANELS: tuple[tuple[Panel, ...], ...] = (
         Panel("Log-probability of responses", "nats a response", (Curve("logps/completion", "", BLUE),)),
         Panel("Log-probability of responses", "nats a response", (Curve("logps/response", "", BLUE),)),
     ),
+    (
+        Panel("Own samples likelier than", "nats a token", _two("shift/chosen_gap", "shift/rejected_gap"), 0),
+        Panel("Own samples likelier than data", "nats a token", (Curve("shift/response_gap", "", BLUE),)),
+        Panel("Own samples likelier than data", "nats a token", (Curve("shift/completion_gap", "", BLUE),)),
+    ),
+    (Panel("KL from the reference, own samples", "nats a response", (Curve("shift/kl", "", BLUE),), 0),),
 )
 """Of each row the first panel that the records have numbers for."""
 
@@ -91,7 +102,7 @@ def draw_curves(records: Iterable[Mapping[str, Any]], file: Path) -> bool:
     """
     records = sorted((r for r in records if _number(r.get("step")) is not None), key=lambda r: r["step"])
     train = [record for record in records if record.get("kind") == "step"]
-    held_out = [record for record in records if record.get("kind") == "evaluation"]
+    held_out = [record for record in records if record.get("kind") in ("evaluation", "shift")]
     panels = [
         found
         for options in PANELS
@@ -124,9 +135,9 @@ def _drawable(
     panel: Panel, train: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]]
 ) -> bool:
     return any(
-        bool(np.isfinite(points(records, prefix + curve.key)[1]).any())
+        bool(np.isfinite(points(records, key)[1]).any())
         for curve in panel.curves
-        for records, prefix in ((train, ""), (held_out, "eval/"))
+        for records, key in ((train, curve.key), (held_out, curve.held_out))
     )
 
 
@@ -151,7 +162,8 @@ def _picture(
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
+    rows = 1 if len(panels) < 4 else 2
+    columns = -(-len(panels) // rows)
     width = 2 * (len(train) // 50) + 1
     with matplotlib.rc_context():
         matplotlib.rcdefaults()  # a user's own style would change the picture
@@ -184,7 +196,7 @@ def _draw_panel(
             axes.plot(steps, values, alpha=0.2, **style)
             values = running_mean(values, width)
         axes.plot(steps, values, alpha=0.5, marker="." if few else "", markersize=3, **style)
-        steps, values = points(held_out, f"eval/{curve.key}")
+        steps, values = points(held_out, curve.held_out)
         shown = np.isfinite(values)
         style["linewidth"] = 1.8
         axes.plot(steps[shown], values[shown], marker="o", markersize=5, **style)

@@ -44,6 +44,11 @@ way = pathlib.Path(__file__).with_name("way").read_text()
 if "crash" in way:
     print("the last word: " + way)
     sys.exit(3)
+if "lazy" in way:
+    print(way.removeprefix("lazy"))
+    sys.exit(0)
+if "silent" in way:
+    sys.exit(4)
 out.write_bytes(b"GGUF" + bytes(2 << 20))
 seen = {"pid": os.getpid(), "words": words, "first": sys.path[0], "offline": os.environ["HF_HUB_OFFLINE"]}
 adapter = pathlib.Path(words[-1]) / "adapter_config.json"
@@ -173,6 +178,34 @@ def test_a_converter_that_fails_leaves_nothing_and_its_last_lines(
         export_gguf(small_model, tmp_path / "out" / "m.gguf", "float32", stand_in(way))
     assert said in str(error.value)
     assert left_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        ("lazy: nothing to do", "ended with status 0 but wrote no file; its last lines:\n: nothing to do"),
+        ("lazy", "ended with status 0 but wrote no file, and printed nothing"),
+        ("silent", "failed (status 4), and printed nothing"),
+    ],
+)
+def test_a_converter_that_writes_or_says_nothing_is_told_of_so(
+    way: str, said: str, small_model: Path, stand_in: Callable[..., Path], tmp_path: Path
+):
+    with pytest.raises(ModelError) as error:
+        export_gguf(small_model, tmp_path / "m.gguf", "float32", stand_in(way))
+    assert str(error.value) == f"{MODELS} {said}"
+
+
+def test_what_a_converter_prints_cannot_command_the_terminal(
+    small_model: Path, stand_in: Callable[..., Path], tmp_path: Path
+):
+    way = "crash \x1b[31mred\x1b[0m \x1b]0;title\x07 nul\x00 \x9b2J tab\t\u202eodd \U000e0001 é 漢"
+    with pytest.raises(ModelError) as error:
+        export_gguf(small_model, tmp_path / "m.gguf", "float32", stand_in(way))
+    last = str(error.value).splitlines()[-1]
+    assert last == (
+        r"the last word: crash red \x1b]0;title\x07 nul\x00 \x9b2J tab    \u202eodd \U000e0001 é 漢"
+    )
 
 
 def test_an_interpreter_that_is_not_there_is_said(

@@ -175,7 +175,10 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
 
 def _weights(weights: Mapping[str, Any]) -> str:
     """The share of the update that is left in the stored weights, in all and where it is least."""
-    layers = [layer for layer in _list(weights.get("layers")) if isinstance(layer, Mapping)]
+    if "kept" in weights and weights["kept"] is None:
+        return "The adapter changes no weight: its update is 0."
+    found = [layer for layer in _list(weights.get("layers")) if isinstance(layer, Mapping)]
+    layers = [layer for layer in found if layer.get("kept") is not None]  # the others have no update to keep
     said = (
         f"In the weights, {short(weights.get('kept'))} of the update is kept over all changed tensors, and"
         f" what is stored differs from what was wanted by {short(weights.get('error'))} of the update's norm."

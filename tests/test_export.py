@@ -185,7 +185,9 @@ def test_an_adapter_that_changes_nothing_is_not_merged_unless_it_is_accepted(
     accepted = Options(verify=False, accept=True)
     assert export_merged(find_source(bare), tmp_path / "merged", accepted).accepted
     told = json.loads((tmp_path / "merged" / "export_report.json").read_text())
-    assert told["weights"]["kept"] is None and {layer["kept"] for layer in told["weights"]["layers"]} == {None}
+    assert told["weights"]["kept"] is None and {layer["kept"] for layer in told["weights"]["layers"]} == {
+        None
+    }
     assert "changes no weight: its update is 0" in (tmp_path / "merged" / "README.md").read_text()
 
 

@@ -46,6 +46,7 @@ def export(
         to = home / (f"export-{kind}" if source.run else f"{source.name}-export-{kind}")
     to = to if to.name else to.resolve()  # "." has no name to put another one beside
     refuse_existing(to)
+    say_all(display, source.notes)
     makers: dict[Kind, Callable[..., object]] = {
         "adapter": _export_adapter,
         "merged": export_merged,

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.export.adapter import export_adapter, refuse_existing
+from lora_dpo.export.adapter import export_adapter
+from lora_dpo.export.destination import destination, refuse_existing
 from lora_dpo.export.gguf.converter import ADAPTERS, MODELS, find_converter, not_found
 from lora_dpo.export.gguf.making import (
     expected_bytes,
@@ -24,7 +25,7 @@ from lora_dpo.export.proof.report import Kind, Report, describe
 from lora_dpo.export.serving.commands import commands
 from lora_dpo.export.serving.linter import lint
 from lora_dpo.export.source import Source
-from lora_dpo.run_directory import grow_folder, write_folder
+from lora_dpo.run_directory import grow_folder
 from lora_dpo.training import Display
 
 
@@ -41,11 +42,7 @@ def export(
     Raises what the function for its kind raises.
     """
     options, display = options or Options(), display or Display(quiet=True)
-    if to is None:
-        home = source.run.path if source.run else source.adapter.resolve().parent
-        to = home / (f"export-{kind}" if source.run else f"{source.name}-export-{kind}")
-    to = to if to.name else to.resolve()  # "." has no name to put another one beside
-    refuse_existing(to)
+    to = destination(source, kind, to)
     say_all(display, source.notes)
     makers: dict[Kind, Callable[..., object]] = {
         "adapter": _export_adapter,
@@ -100,6 +97,7 @@ def export_to_gguf(
         raise not_found(MODELS, gguf_command(Path("MERGED"), to / name, options.dtype, None))
 
     def fill(part: Path) -> None:
+        refuse_existing(to)
         merged = part / "merged"
         merged.mkdir(exist_ok=True)
         report = merge_and_prove(source, merged, options, display)
@@ -130,6 +128,7 @@ def export_to_gguf_adapter(
         raise not_found(ADAPTERS, gguf_adapter_command(source.adapter, source.base, to / name, None))
 
     def fill(part: Path) -> None:
+        refuse_existing(to)
         made = export_gguf_adapter(
             source.adapter,
             source.base,
@@ -142,7 +141,7 @@ def export_to_gguf_adapter(
         finish(part, source, with_file(report, made, "gguf-adapter"), "gguf-adapter", options)
 
     refuse_existing(to)
-    write_folder(to, fill)
+    grow_folder(to, fill, fresh=True)
     return to / name
 
 
@@ -154,6 +153,7 @@ def export_to_ollama(
     made: list[Report] = []
 
     def fill(part: Path) -> None:
+        refuse_existing(to)
         made.append(merge_and_prove(source, part, options, display))
         say_all(display, write_modelfile(part, part).describe())
         finish(part, source, made[0].as_dict() | {"kind": "ollama"}, "ollama", options)

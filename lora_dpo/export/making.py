@@ -13,8 +13,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_dpo.errors import ModelError, RunError
-from lora_dpo.export.adapter import refuse_existing
 from lora_dpo.export.card.card import write_card
+from lora_dpo.export.destination import refuse_existing
 from lora_dpo.export.merging.files import SHARD_SIZE, Settings, clear, merge
 from lora_dpo.export.merging.kept import Kept, joined
 from lora_dpo.export.proof.prove import EXAMPLES, prove
@@ -69,6 +69,7 @@ def export_merged(
     made: list[Report] = []
 
     def fill(part: Path) -> None:
+        refuse_existing(to)  # another process may have been quicker
         made.append(merge_and_prove(source, part, options, display))
         write_card(part, source, made[0].as_dict(), "merged", repository=options.repository)
         clear(part)

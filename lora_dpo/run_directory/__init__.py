@@ -5,11 +5,11 @@ writing.py    files and folders that appear whole; room for them
 manifest.py   whether a folder is what was written
 """
 
-from lora_dpo.run_directory.directory import RunDirectory, cache_folder
+from lora_dpo.run_directory.directory import OWN_NAMES, RunDirectory, cache_folder
 from lora_dpo.run_directory.manifest import MANIFEST, damage
 from lora_dpo.run_directory.writing import (
-    LOCK,
     delete_folder,
+    empty,
     grow_folder,
     in_words,
     need_space,
@@ -18,12 +18,13 @@ from lora_dpo.run_directory.writing import (
 )
 
 __all__ = [
-    "LOCK",
     "MANIFEST",
+    "OWN_NAMES",
     "RunDirectory",
     "cache_folder",
     "damage",
     "delete_folder",
+    "empty",
     "grow_folder",
     "in_words",
     "need_space",

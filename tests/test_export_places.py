@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shlex
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lora_dpo.cli import app
-from lora_dpo.errors import ModelError, RecipeError, RunError
-from lora_dpo.export import Options, Source, export, export_adapter, export_merged, find_source
+from lora_dpo.errors import DataError, ModelError, RecipeError, RunError
+from lora_dpo.export import Options, Source, export, export_adapter, export_merged, find_source, kinds
+from lora_dpo.export.gguf import check as gguf_check
+from lora_dpo.export.merging import files
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training
 from lora_dpo.run_directory import RunDirectory, damage, grow_folder
 from lora_dpo.training import train
@@ -146,6 +150,69 @@ def test_a_hidden_folder_that_is_a_link_is_not_written_through(tmp_path: Path):
     with pytest.raises(RunError, match="is a link"):
         grow_folder(tmp_path / "out", lambda part: None, fresh=True)
     assert (tmp_path / "elsewhere" / "mine").exists()
+
+
+FAILS = """
+import sys
+if "convert_hf" in sys.argv[0]:
+    print("no tokenizer that I know")
+    sys.exit(1)
+"""
+
+
+def test_a_failed_conversion_says_what_waits_and_the_next_call_goes_on_with_it(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    tools = tmp_path / "llama.cpp"
+    tools.mkdir()
+    (tools / "convert_hf_to_gguf.py").write_text(FAILS)
+    options = Options(dtype="float32", verify=False, llama_cpp=tools)
+    merged = tmp_path / ".out.part" / "merged"
+    with pytest.raises(ModelError, match=f"status 1.*\nno tokenizer.*\nThe merged model waits in {merged}:"):
+        export(source, "gguf", tmp_path / "out", options)
+    assert (merged / "model.safetensors").is_file() and not (tmp_path / "out").exists()
+    written: list[Path] = []
+    monkeypatch.setattr(files, "write_shard", lambda file, *given: written.append(file))
+    monkeypatch.setattr(gguf_check, "package_is_there", lambda: False)
+    monkeypatch.setattr(kinds, "write_modelfile", lambda *given, **named: SimpleNamespace(describe=list))
+    (tools / "convert_hf_to_gguf.py").write_text(
+        "import pathlib, sys; pathlib.Path(sys.argv[3]).write_bytes(b'GGUF')"
+    )
+    export(source, "gguf", tmp_path / "out", options)
+    assert written == [], "it was merged again"
+    assert (tmp_path / "out" / "run-float32.gguf").read_bytes() == b"GGUF"
+    assert names(tmp_path) == {"llama.cpp", "out"}
+
+
+def test_without_llama_cpp_every_line_that_is_needed_is_said(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("LLAMA_CPP", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ModelError) as error:
+        export(source, "gguf", tmp_path / "my out", Options(dtype="float16"))
+    lines = [shlex.split(line) for line in str(error.value).splitlines()[3:6]]
+    merge, make, convert = lines
+    merged = str(tmp_path / "my out-merged")
+    assert merge[:2] == ["lora-dpo", "export"] and merge[-2:] == ["--output", merged]
+    assert make == ["mkdir", "-p", str(tmp_path / "my out")]
+    assert convert[:4] == ["python", "llama.cpp/convert_hf_to_gguf.py", merged, "--outfile"]
+    # The first line is a command that is taken as it is.
+    done = CliRunner().invoke(app, [*merge[1:], "--no-verify"])
+    assert done.exit_code == 0, done.exception
+    assert json.loads((Path(merged) / "config.json").read_text())["dtype"] == "float16"
+    with pytest.raises(ModelError, match=rf"mkdir -p '{tmp_path}/my out'\n  python llama.cpp/convert_lora"):
+        export(source, "gguf-adapter", tmp_path / "my out")
+
+
+def test_rows_that_cannot_be_read_are_said_before_the_merge(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b"}\n')
+    monkeypatch.setattr(files, "write_shard", lambda *given: pytest.fail("it was merged first"))
+    with pytest.raises(DataError, match=r"rows\.jsonl"):
+        export(source, "merged", tmp_path / "out", Options(data=str(tmp_path / "rows.jsonl")))
+    assert names(tmp_path) == {"rows.jsonl"}
 
 
 # ---- two at once

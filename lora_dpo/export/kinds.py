@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lora_dpo.errors import ModelError
 from lora_dpo.export.adapter import export_adapter
 from lora_dpo.export.destination import destination, refuse_existing
 from lora_dpo.export.gguf.converter import ADAPTERS, MODELS, find_converter, not_found
 from lora_dpo.export.gguf.making import (
+    GgufExport,
     expected_bytes,
     export_gguf,
     export_gguf_adapter,
@@ -94,19 +97,16 @@ def export_to_gguf(
     name = f"{source.name}-{options.dtype}.gguf"
     converter = find_converter(options.llama_cpp, MODELS)
     if converter is None:
-        raise not_found(MODELS, gguf_command(Path("MERGED"), to / name, options.dtype, None))
+        merged = to.with_name(f"{to.name}-merged")
+        line = gguf_command(merged, to / name, options.dtype, None)
+        raise not_found(MODELS, line, _lines_before(source, to, merged, options))
 
     def fill(part: Path) -> None:
         refuse_existing(to)
         merged = part / "merged"
         merged.mkdir(exist_ok=True)
         report = merge_and_prove(source, merged, options, display)
-        (part / name).unlink(missing_ok=True)
-        total = expected_bytes(merged, options.dtype) >> 20
-        with display.counting("converting, MiB", total) as advance:
-            made = export_gguf(
-                merged, part / name, options.dtype, converter, accept=options.accept, progress=advance
-            )
+        made = _converted(merged, part / name, converter, options, display)
         say_all(display, made.describe())
         say_all(display, write_modelfile(part, merged, source=part / name).describe())
         finish(part, source, with_file(report, made, "gguf"), "gguf", options)
@@ -117,6 +117,32 @@ def export_to_gguf(
     return to / name
 
 
+def _converted(merged: Path, file: Path, converter: Path, options: Options, display: Display) -> GgufExport:
+    file.unlink(missing_ok=True)
+    total = expected_bytes(merged, options.dtype) >> 20
+    try:
+        with display.counting("converting, MiB", total) as advance:
+            return export_gguf(
+                merged, file, options.dtype, converter, accept=options.accept, progress=advance
+            )
+    except ModelError as error:
+        raise ModelError(
+            f"{error}\nThe merged model waits in {merged}: the same command goes on with it, or delete"
+            f" {merged.parent}"
+        ) from error
+
+
+def _lines_before(source: Source, to: Path, merged: Path, options: Options) -> list[str]:
+    """What makes the merged folder that a converter is given by hand, and the folder for its file."""
+    path = source.run.path if source.run else source.adapter
+    words = ["lora-dpo", "export", str(path), "--to", "merged", "--dtype", options.dtype]
+    words += ["--base", options.base] if options.base != "dequantized" else []
+    if source.run is None:
+        words += ["--base-model", source.base.model]
+        words += ["--quantization", source.base.quantization] if source.record is None else []
+    return [shlex.join([*words, "--output", str(merged)]), shlex.join(["mkdir", "-p", str(to)])]
+
+
 def export_to_gguf_adapter(
     source: Source, to: Path, options: Options | None = None, *, display: Display | None = None
 ) -> Path:
@@ -125,7 +151,8 @@ def export_to_gguf_adapter(
     name = f"{source.name}-adapter.gguf"
     converter = find_converter(options.llama_cpp, ADAPTERS)
     if converter is None:
-        raise not_found(ADAPTERS, gguf_adapter_command(source.adapter, source.base, to / name, None))
+        line = gguf_adapter_command(source.adapter, source.base, to / name, None)
+        raise not_found(ADAPTERS, line, [shlex.join(["mkdir", "-p", str(to)])])
 
     def fill(part: Path) -> None:
         refuse_existing(to)

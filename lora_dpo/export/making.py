@@ -19,6 +19,7 @@ from lora_dpo.export.merging.files import SHARD_SIZE, Settings, clear, merge
 from lora_dpo.export.merging.kept import Kept, joined
 from lora_dpo.export.proof.prove import EXAMPLES, prove
 from lora_dpo.export.proof.report import FILE, Kind, Report, describe, write_report
+from lora_dpo.export.proof.rows import rows_for
 from lora_dpo.export.source import Source
 from lora_dpo.model import load_tokenizer
 from lora_dpo.run_directory import grow_folder, write_text
@@ -81,6 +82,9 @@ def export_merged(
 
 def merge_and_prove(source: Source, folder: Path, options: Options, display: Display) -> Report:
     """Fill a folder with the merged model, tokenizer and report. Raises RunError where a bar is missed."""
+    named = options.data is not None and options.verify is not False
+    # Read before the minutes that a merge takes: what somebody typed may be wrong.
+    rows = rows_for(source, "merged", options.data, options.examples, display) if named else None
     kept = merge(source.base, source.adapter, folder, options.settings, counting=_megabytes(display))
     tokenizer_of(source).save(folder)
     weights = _weights(kept)
@@ -91,7 +95,7 @@ def merge_and_prove(source: Source, folder: Path, options: Options, display: Dis
             dtype=options.dtype,
             base=options.base,
             weights=weights,
-            data=options.data,
+            rows=rows,
             examples=options.examples,
             accept=options.accept,
             display=display,

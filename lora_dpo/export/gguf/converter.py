@@ -81,14 +81,17 @@ def command(script: Path | None, arguments: Sequence[str | Path], name: str) -> 
     return shlex.join(["python", str(place), *map(str, arguments)])
 
 
-def not_found(name: str, line: str) -> ModelError:
-    """The error where there is no converter: what to fetch, and what to type then."""
+def not_found(name: str, line: str, before: Sequence[str] = ()) -> ModelError:
+    """The error where there is no converter: what to fetch, and what to type then. before: lines that make
+    what `line` converts.
+    """
+    made = "".join(f"  {earlier}\n" for earlier in before)
     return ModelError(
         f"llama.cpp's {name} was not found (--llama-cpp DIR, ${VARIABLE} or the PATH name it): nothing was"
         " converted. It comes with llama.cpp:\n"
         f"  git clone --depth 1 {SOURCE}\n"
         "  pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt\n"
-        f"  {line}\n"
+        f"{made}  {line}\n"
         "The second line may bring another torch and transformers: give it an environment of its own"
     )
 

@@ -23,7 +23,7 @@ from lora_dpo.export.gguf import check as gguf_check
 from lora_dpo.export.merging import files
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training
 from lora_dpo.run_directory import RunDirectory, damage, grow_folder
-from lora_dpo.training import train
+from lora_dpo.training import Display, train
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +270,20 @@ def test_an_export_that_comes_second_does_not_replace_the_first(tmp_path: Path, 
     ):
         export_adapter(source, tmp_path / "out")
     assert [file.name for file in tmp_path.rglob("*")] == ["out", "mine"]
+
+
+# ---- what is said
+
+
+def test_where_an_adapter_went_is_said_before_how_to_serve_it(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    export(source, "adapter", tmp_path / "out", display=Display())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"adapter: {tmp_path / 'out'}"
+    assert any(line.startswith("vllm serve ") for line in lines)
+    assert not any("import" in line for line in lines), "Python is for the card"
+    assert "PeftModel" in (tmp_path / "out" / "README.md").read_text()
 
 
 # ---- options

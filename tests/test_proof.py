@@ -542,6 +542,11 @@ def test_weights_that_lost_the_update_fail_without_pairs_too():
     assert any("--dtype float16" in line for line in describe(report))
 
 
+def test_what_was_not_compared_is_called_neither_passed_nor_failed():
+    lines = describe(Report("merged", "float32", weights=WHOLE, not_compared="the run has no held-out rows"))
+    assert lines[-1].startswith("neither passed nor failed: only the weights were measured")
+
+
 def test_the_report_has_the_keys_that_others_read(finished: FinishedRun, exact: Path, tmp_path: Path):
     folder = tmp_path / "merged"
     shutil.copytree(exact, folder)

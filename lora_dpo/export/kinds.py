@@ -56,6 +56,8 @@ def export(
     }
     makers[kind](source, to, options, display=display)
     display.say(f"{kind}: {to}")
+    if kind == "adapter":
+        _say_how_to_serve(to, source, display)
     return to
 
 
@@ -79,10 +81,15 @@ def _export_adapter(source: Source, to: Path, options: Options, *, display: Disp
         finish(part, source, report.as_dict(), "adapter", options)
 
     export_adapter(source, to, describe_it)
-    for finding in lint(to, source.base):
-        display.say(str(finding))
-    for server, line in commands(to, source.base).items():
-        display.say(f"\n{server}:\n{line}")
+
+
+def _say_how_to_serve(folder: Path, source: Source, display: Display) -> None:
+    """What servers will choke on, and the command lines that work; PEFT's Python is in the card."""
+    say_all(display, [str(finding) for finding in lint(folder, source.base)])
+    for server, line in commands(folder, source.base).items():
+        if server != "PEFT":
+            display.say(f"\n{server}:\n{line}")
+    display.say(f"\nPEFT: the Python is in {folder / 'README.md'}")
 
 
 def export_to_gguf(

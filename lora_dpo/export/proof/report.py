@@ -158,6 +158,8 @@ def describe(report: Report) -> list[str]:
         lines.append("accepted all the same (--accept)" if report.accept else advice(report))
     elif report.passed:
         lines.append("passed: the exported model is what was trained, within the bars")
+    elif report.kind == "merged":
+        lines.append("neither passed nor failed: only the weights were measured, not what the model says")
     return lines
 
 

@@ -253,7 +253,9 @@ def _fill(network: PeftModel, saved: SavedAdapter, name: str, own: dict[str, nn.
     for key in tensors.keys() & base.keys():
         # peft saves whole embeddings where they were targeted or resized, and would write them to the base.
         value = tensors.pop(key)
-        if value.shape != base[key].shape or not torch.equal(value.to(base[key]), base[key]):
+        # On the meta device there is nothing to compare with: a merge does it with the base's files.
+        known = not base[key].is_meta
+        if value.shape != base[key].shape or (known and not torch.equal(value.to(base[key]), base[key])):
             raise _does_not_fit(saved, f"it brings another {key.removeprefix('base_model.model.')}")
     try:
         result = set_peft_model_state_dict(network, tensors, adapter_name=name)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lora_dpo.errors import ModelError
-from lora_dpo.export.merging.changes import changes_of
+from lora_dpo.export.merging.changes import changes_of, check_brought
 from lora_dpo.export.merging.kept import Kept
 from lora_dpo.export.merging.merge import Merge
 from lora_dpo.export.merging.shards import Part, Tensors, shards_of, write_shard
@@ -73,6 +73,7 @@ def merge(
         )
     with Tensors(weight_files(base)) as weights, Tensors([adapter / "adapter_model.safetensors"]) as factors:
         changes = changes_of(skeleton, adapter)
+        check_brought(skeleton, changes, factors, weights)
         job = Merge(skeleton, weights, factors, changes, settings.dtype, settings.original)
         shards = shards_of(job.parts(), settings.shard_size)
         identity = _identity(base, skeleton, [*weights.files, adapter], settings)

@@ -157,7 +157,9 @@ def describe(report: Report) -> list[str]:
     if report.failed:
         lines.append("accepted all the same (--accept)" if report.accept else advice(report))
     elif report.passed:
-        lines.append("passed: the exported model is what was trained, within the bars")
+        original = "original base + adapter, within the bars: another function than the one that was trained"
+        what = original if report.base == "original" else "what was trained, within the bars"
+        lines.append(f"passed: the exported model is {what}")
     elif report.kind == "merged":
         lines.append("neither passed nor failed: only the weights were measured, not what the model says")
     return lines

@@ -37,12 +37,15 @@ from lora_dpo.training import (
 
 @dataclass(frozen=True, eq=False)
 class FinishedRun:
-    """A run directory whose adapter is on its base again, frozen."""
+    """A run directory whose adapter is on its base again, frozen. source: of the rows, where they are not
+    those that the run held out.
+    """
 
     directory: RunDirectory
     recipe: Recipe
     model: Model
     data: HeldOut
+    source: str | None = None
 
     @property
     def tokens_per_microbatch(self) -> int:
@@ -99,7 +102,7 @@ def open_finished(
     record, template = read_record(directory.adapter_folder), held_out.tokenizer.chat_template
     for line in record_notes(record, recipe.base, template, f"the adapter in {adapters[0]}"):
         display.say(line)
-    return FinishedRun(directory, recipe, model, held_out)
+    return FinishedRun(directory, recipe, model, held_out, data)
 
 
 def check_adapter(run: RunDirectory) -> None:
@@ -138,8 +141,8 @@ def reference_of(directory: RunDirectory, recipe: Recipe) -> str | None:
 
 
 def evaluate_run(run: FinishedRun, *, display: Display | None = None) -> Evaluation:
-    """Held-out metrics with intervals; also written to evaluation.json. Raises RunError without held-out
-    rows.
+    """Held-out metrics with intervals; also written to evaluation.json, with the source of the rows where
+    they are not the run's own. Raises RunError without held-out rows.
     """
     if not run.data.eval:
         raise RunError("this run holds out no rows: give some with --data FILE")
@@ -156,7 +159,8 @@ def evaluate_run(run: FinishedRun, *, display: Display | None = None) -> Evaluat
             progress=advance,
             cache=cache,
         )
-    write_text(run.directory.evaluation_file, json.dumps(dataclasses.asdict(result), indent=1))
+    told = dataclasses.asdict(result) | {"source": run.source}
+    write_text(run.directory.evaluation_file, json.dumps(told, indent=1))
     return result
 
 

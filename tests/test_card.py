@@ -29,7 +29,7 @@ from lora_dpo.finished import evaluate_run, open_finished
 from lora_dpo.losses import DPO, IPO, KTO, LDDPO, ORPO, SFT, DiscoPOP, Sum
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Training, from_dict
 from lora_dpo.recipe import Source as DataSource
-from lora_dpo.run_directory import RunDirectory
+from lora_dpo.run_directory import MANIFEST, RunDirectory
 from lora_dpo.training import train
 
 KINDS: list[Kind] = ["adapter", "merged", "gguf", "gguf-adapter", "ollama"]
@@ -537,6 +537,31 @@ def test_the_evaluation_of_the_adapter_that_was_kept_is_shown(
     loss, accuracy = figures[step]
     assert f"after step {step}." in card
     assert f"| loss | {loss:.3f} |" in card and f"| preference accuracy | {accuracy:.3f} |" in card
+
+
+def test_rows_that_an_evaluation_was_given_are_named(run: RunDirectory, tmp_path: Path):
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(run.path, copy.path)
+    for made_up in ("trained_on.json", MANIFEST):  # the fixture's is of no real base
+        (copy.adapter_folder / made_up).unlink()
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pair_rows(8)))
+    assert json.loads(copy.evaluation_file.read_text())["source"] is None
+    evaluate_run(open_finished(copy.path, data=str(tmp_path / "given.jsonl")))
+    assert json.loads(copy.evaluation_file.read_text())["source"] == str(tmp_path / "given.jsonl")
+    card = written(tmp_path / "out", replace(source_of(run), run=copy), None, "adapter")
+    assert "On 8 pairs of `given.jsonl`, not of those that the run held out. Means" in card
+    assert "Its preference accuracy on" not in card and str(tmp_path) not in card
+
+
+def test_the_card_says_why_its_two_margins_differ(run: RunDirectory, tmp_path: Path):
+    why = "there the margin is that of the objective's implicit rewards, β = 0.25 included"
+    assert why in written(tmp_path / "both", source_of(run), report())
+    assert why not in written(tmp_path / "one", source_of(run), report(pairs=None))
+    copy = RunDirectory(tmp_path / "copy")
+    shutil.copytree(run.path, copy.path)
+    copy.evaluation_file.unlink()
+    copy.metrics_file.unlink()
+    assert why not in written(tmp_path / "other", replace(source_of(run), run=copy), report())
 
 
 @pytest.mark.parametrize("change", [{"examples": 7}, {"loss": 2.0}])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from builders import pair_rows
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from whole_merge import merged_weight
 
 from lora_dpo.batching import collate
@@ -23,7 +24,7 @@ from lora_dpo.logprobs import token_logprobs
 from lora_dpo.model import load_base, without_dropout
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Training, override
 from lora_dpo.run_directory import RunDirectory
-from lora_dpo.training import train
+from lora_dpo.training import Display, train
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +163,31 @@ def test_what_misses_a_bar_is_not_exported_unless_it_is_accepted(
     assert not {name for name in left if name.endswith((".part", ".kept.json")) or name == "merge.json"}
 
 
+@pytest.mark.parametrize("how", ["alpha", "B"])
+def test_an_adapter_that_changes_nothing_is_not_merged_unless_it_is_accepted(
+    source: Source, tmp_path: Path, how: str, capsys: pytest.CaptureFixture[str]
+):
+    bare = export_adapter(source, tmp_path / "bare")
+    if how == "alpha":
+        config = json.loads((bare / "adapter_config.json").read_text())
+        (bare / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 0}))
+    else:
+        tensors = load_file(bare / "adapter_model.safetensors")
+        tensors = {name: tensor * ("lora_B" not in name) for name, tensor in tensors.items()}
+        save_file(tensors, bare / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match="not exported"):
+        export_merged(find_source(bare), tmp_path / "merged", Options(verify=False), display=Display())
+    said = capsys.readouterr().out
+    assert "MISSED: the adapter changes nothing" in said and "update kept" not in said
+    accepted = Options(verify=False, accept=True)
+    assert export_merged(find_source(bare), tmp_path / "merged", accepted).accepted
+    told = json.loads((tmp_path / "merged" / "export_report.json").read_text())
+    assert told["weights"]["kept"] is None and {layer["kept"] for layer in told["weights"]["layers"]} == {
+        None
+    }
+    assert "changes no weight: its update is 0" in (tmp_path / "merged" / "README.md").read_text()
+
+
 def test_an_adapters_folder_is_exported_without_its_run(source: Source, tmp_path: Path, small_model: Path):
     bare = tmp_path / "somebodys"
     export_adapter(source, bare)
@@ -182,8 +208,6 @@ def test_an_adapters_folder_is_exported_without_its_run(source: Source, tmp_path
 def test_a_base_that_was_replaced_is_refused_with_both_hashes(
     source: Source, tmp_path: Path, small_model: Path
 ):
-    from safetensors.torch import load_file, save_file
-
     other = tmp_path / "other"
     other.mkdir()
     for file in small_model.iterdir():

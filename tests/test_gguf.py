@@ -24,13 +24,12 @@ from safetensors.torch import load_file, save_file
 
 from lora_dpo.errors import ModelError, RunError
 from lora_dpo.export.gguf import check as gguf_check
-from lora_dpo.export.gguf import making as exporting
 from lora_dpo.export.gguf.adapter import prepare, scale_of
 from lora_dpo.export.gguf.check import Check, check_adapter, check_model, turn
 from lora_dpo.export.gguf.converter import ADAPTERS, MODELS, find_converter
 from lora_dpo.export.gguf.making import export_gguf, export_gguf_adapter, gguf_adapter_command, gguf_command
 from lora_dpo.export.gguf.tensors import headers
-from lora_dpo.model import load_tokenizer
+from lora_dpo.model import load_config, load_tokenizer
 from lora_dpo.recipe import Base
 
 needs_gguf = pytest.mark.skipif(not gguf_check.package_is_there(), reason="takes the gguf package")
@@ -44,7 +43,13 @@ way = pathlib.Path(__file__).with_name("way").read_text()
 if "crash" in way:
     print("the last word: " + way)
     sys.exit(3)
-out.write_bytes(b"GGUF" + bytes(2 << 20))
+if "lazy" in way:
+    print(way.removeprefix("lazy"))
+    sys.exit(0)
+if "silent" in way:
+    sys.exit(4)
+made = pathlib.Path(__file__).with_name("made.gguf")
+out.write_bytes(made.read_bytes() if made.is_file() else b"GGUF" + bytes(2 << 20))
 seen = {"pid": os.getpid(), "words": words, "first": sys.path[0], "offline": os.environ["HF_HUB_OFFLINE"]}
 adapter = pathlib.Path(words[-1]) / "adapter_config.json"
 seen["adapter"] = json.loads(adapter.read_text()) if adapter.is_file() else None
@@ -173,6 +178,34 @@ def test_a_converter_that_fails_leaves_nothing_and_its_last_lines(
         export_gguf(small_model, tmp_path / "out" / "m.gguf", "float32", stand_in(way))
     assert said in str(error.value)
     assert left_in(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("way", "said"),
+    [
+        ("lazy: nothing to do", "ended with status 0 but wrote no file; its last lines:\n: nothing to do"),
+        ("lazy", "ended with status 0 but wrote no file, and printed nothing"),
+        ("silent", "failed (status 4), and printed nothing"),
+    ],
+)
+def test_a_converter_that_writes_or_says_nothing_is_told_of_so(
+    way: str, said: str, small_model: Path, stand_in: Callable[..., Path], tmp_path: Path
+):
+    with pytest.raises(ModelError) as error:
+        export_gguf(small_model, tmp_path / "m.gguf", "float32", stand_in(way))
+    assert str(error.value) == f"{MODELS} {said}"
+
+
+def test_what_a_converter_prints_cannot_command_the_terminal(
+    small_model: Path, stand_in: Callable[..., Path], tmp_path: Path
+):
+    way = "crash \x1b[31mred\x1b[0m \x1b]0;title\x07 nul\x00 \x9b2J tab\t\u202eodd \U000e0001 é 漢"
+    with pytest.raises(ModelError) as error:
+        export_gguf(small_model, tmp_path / "m.gguf", "float32", stand_in(way))
+    last = str(error.value).splitlines()[-1]
+    assert last == (
+        r"the last word: crash red \x1b]0;title\x07 nul\x00 \x9b2J tab    \u202eodd \U000e0001 é 漢"
+    )
 
 
 def test_an_interpreter_that_is_not_there_is_said(
@@ -429,6 +462,7 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
         "blk.0.attn_q.weight has other values",
     ),
     "the shape differs": ({"alter": ("output.weight", lambda v: v[:-1])}, "has the shape"),
+    "the dtype is another": ({"dtype": "Q8_0"}, "stored as Q8_0, which was not asked for"),
     "a value is infinite": ({"alter": ("output_norm.weight", infinite)}, "not finite"),
     "the context is another": ({"context_length": 512}, "context_length is 512"),
     "the context is missing": ({"context_length": None}, "context_length is not there"),
@@ -472,8 +506,8 @@ def test_a_cut_file_is_found(small_model: Path, tmp_path: Path):
     whole = write_gguf(tmp_path / "m.gguf", small_model).read_bytes()
     for size in (0, 3, 100, len(whole) // 2, len(whole) - 40):
         (tmp_path / "cut.gguf").write_bytes(whole[:size])
-        check = check_model(tmp_path / "cut.gguf", small_model)
-        assert check is not None and "can't be read as GGUF" in check.findings[0], size
+        with pytest.raises(ModelError, match="no GGUF file, or only a part of one"):
+            check_model(tmp_path / "cut.gguf", small_model)
 
 
 @needs_gguf
@@ -513,7 +547,7 @@ def test_an_adapter_s_factors_alpha_and_ranks_are_compared(small_model: Path, tm
         for part in ("header", "kv_data", "tensors"):
             getattr(writer, f"write_{part}_to_file")()
         writer.close()
-        config = exporting.load_config(Base(str(small_model)))
+        config = load_config(Base(str(small_model)))
         check = check_adapter(tmp_path / "a.gguf", adapter, config)
         assert check is not None
         assert bool(drop) or (len(check.equal), len(check.turned)) == (4, 2)
@@ -529,12 +563,26 @@ def test_an_adapter_s_factors_alpha_and_ranks_are_compared(small_model: Path, tm
 def test_findings_keep_the_file_from_appearing_unless_they_are_accepted(
     small_model: Path, stand_in: Callable[..., Path], tmp_path: Path
 ):
-    """The stand-in writes no real GGUF, which is what the look at it finds."""
     (tmp_path / "out").mkdir()
-    with pytest.raises(ModelError, match="can't be read as GGUF"):
-        export_gguf(small_model, tmp_path / "out" / "m.gguf", "float32", stand_in())
+    script, to_file = stand_in(), tmp_path / "out" / "m.gguf"
+    write_gguf(script.with_name("made.gguf"), small_model, alter=("blk.0.attn_v.weight", changed))
+    with pytest.raises(ModelError, match=r"--accept keeps it.*\n.*attn_v.weight has other values"):
+        export_gguf(small_model, to_file, "float32", script)
     assert left_in(tmp_path / "out") == []
-    export = export_gguf(small_model, tmp_path / "out" / "m.gguf", "float32", stand_in(), accept=True)
+    export = export_gguf(small_model, to_file, "float32", script, accept=True)
     assert left_in(tmp_path / "out") == ["m.gguf"]
-    report = exporting.report(export, "gguf", "float32", accepted=True)
-    assert report["passed"] is False and report["accepted"] and "can't be read" in report["failed"][0]
+    assert export.check is not None and "attn_v.weight has other values" in export.check.findings[0]
+
+
+@needs_gguf
+@pytest.mark.parametrize("accept", [False, True])
+def test_what_is_no_gguf_file_is_never_kept(
+    small_model: Path, stand_in: Callable[..., Path], tmp_path: Path, accept: bool
+):
+    """The stand-in writes four right bytes and then zeros."""
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ModelError) as error:
+        export_gguf(small_model, tmp_path / "out" / "m.gguf", "float32", stand_in(), accept=accept)
+    assert "no GGUF file, or only a part of one" in str(error.value)
+    assert "--accept" not in str(error.value)
+    assert left_in(tmp_path / "out") == []

@@ -32,7 +32,7 @@ from lora_dpo.export.proof.arithmetic import NoRoom, Plan, in_float32, parameter
 from lora_dpo.export.proof.bars import EXACT, bars_for, missed
 from lora_dpo.export.proof.comparing import Comparison, compare, margins_of, share_kept
 from lora_dpo.export.proof.prove import prove
-from lora_dpo.export.proof.report import Report, describe
+from lora_dpo.export.proof.report import Pairs, Report, describe
 from lora_dpo.export.proof.said import Said, listen, spread
 from lora_dpo.finished import FinishedRun, open_finished
 from lora_dpo.losses import KTO
@@ -540,6 +540,17 @@ def test_weights_that_lost_the_update_fail_without_pairs_too():
     assert report.passed is False and "0.53" in report.failed[0]
     assert not report.accepted and dataclasses.replace(report, accept=True).accepted
     assert any("--dtype float16" in line for line in describe(report))
+
+
+def test_an_export_onto_the_original_base_is_not_called_what_was_trained():
+    pairs = Pairs("rows", "float32", comparison())
+    report = Report("merged", "float32", "original", weights=WHOLE, pairs=pairs, stored=pairs)
+    assert report.passed and "another function than the one that was trained" in describe(report)[-1]
+
+
+def test_what_was_not_compared_is_called_neither_passed_nor_failed():
+    lines = describe(Report("merged", "float32", weights=WHOLE, not_compared="the run has no held-out rows"))
+    assert lines[-1].startswith("neither passed nor failed: only the weights were measured")
 
 
 def test_the_report_has_the_keys_that_others_read(finished: FinishedRun, exact: Path, tmp_path: Path):

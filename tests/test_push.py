@@ -205,8 +205,9 @@ def test_a_private_repository_stays_so_and_that_is_said(hub: Hub, exported: Path
     "name", ["mine", "a/b/c", "me/", "/mine", "me/mi ne", "me/..", "me/x--y", "me/x.git", ""]
 )
 def test_a_name_that_is_none_is_refused_before_anything_is_asked(hub: Hub, exported: Path, name: str):
-    with pytest.raises(RunError, match="user/name"):
+    with pytest.raises(RunError, match="user/name") as error:
         push(exported, name, display=Lines())
+    assert "repo_type" not in str(error.value), "an option of the hub's library, not of this command"
     assert hub.asked == []
 
 

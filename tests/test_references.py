@@ -427,7 +427,11 @@ UNFIT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "OLoRA": (in_config(init_lora_weights="olora"), r"\(olora\) rewrote"),
     "LoftQ": (in_config(init_lora_weights="loftq"), r"\(loftq\) rewrote"),
     "another architecture": (in_config(target_modules=["c_attn"]), "does not fit this base"),
-    "another rank": (in_config(r=5), "does not fit this base: .*size mismatch"),
+    "another rank": (
+        in_config(r=5),
+        r"does not fit this base: its model\.layers\.0\.self_attn\.q_proj\.lora_A\.weight is \[3, 64\], and"
+        r" by this base and its config it has to be \[5, 64\], and 11 others",
+    ),
     "no safetensors": (pickled, "pickled .bin files are not opened"),
     "no config": (
         lambda folder: (folder / "adapter_config.json").unlink(),

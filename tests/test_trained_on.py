@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lora_dpo.errors import ModelError, RunError
+from lora_dpo.export import export, find_source
 from lora_dpo.finished import open_finished
 from lora_dpo.model import (
     content_hash,
@@ -31,8 +32,8 @@ from lora_dpo.model import (
     trained_on,
 )
 from lora_dpo.recipe import Adapter, Base, Data, Recipe, Reference, Training, override
-from lora_dpo.run_directory import RunDirectory, cache_folder, damage
-from lora_dpo.training import Record, train
+from lora_dpo.run_directory import MANIFEST, RunDirectory, cache_folder, damage
+from lora_dpo.training import Display, Record, train
 
 ODD = {
     "b.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
@@ -421,7 +422,35 @@ def test_a_base_that_cannot_be_hashed_is_trained_on_all_the_same(
     assert "note: the adapter will not be held to this base" in told and "files are nowhere" in told
     record = read_record(run.adapter_folder)
     assert record is not None and record.content is None
-    open_finished(run.path)
+    open_finished(run.path, display=Display())
+    assert "holds no hash of the weights that it was trained on" in capsys.readouterr().out
+    export(find_source(run.path), "adapter", tmp_path / "exported", display=Display())
+    assert "could not be checked" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_an_adapter_of_another_architecture_is_refused_even_on_the_same_weights(
+    trained: RunDirectory, small_model: Path, tmp_path: Path, hashed: bool
+):
+    """The tensors of a Llama are a Mistral's too; what they compute is not the same."""
+    adapter = shutil.copytree(trained.adapter_folder, tmp_path / "adapter")
+    base = shutil.copytree(small_model, tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"model_type": "mistral"}))
+    if not hashed:
+        record = json.loads((adapter / "trained_on.json").read_text())
+        record["base"]["content"] = None
+        (adapter / "trained_on.json").write_text(json.dumps(record))
+        (adapter / MANIFEST).unlink()
+    reason = "on another architecture: on a 'LlamaForCausalLM', .* is a MistralForCausalLM"
+    with pytest.raises(ModelError, match=reason):
+        find_source(adapter, base_model=str(base))
+    with pytest.raises(ModelError, match=reason):
+        load_adapter(load_model(Base(str(base), compute_dtype="float32")), str(adapter))
+    (adapter / "trained_on.json").unlink()
+    (adapter / MANIFEST).unlink(missing_ok=True)
+    source = find_source(adapter, base_model=str(base))
+    assert source.base.quantization == "none" and "doesn't say which weights" in source.notes[0]
 
 
 def test_the_hubs_commit_and_revision_are_named(
@@ -479,7 +508,7 @@ def test_an_adapter_is_not_put_on_another_base(trained: RunDirectory, small_mode
         load_adapter(model, str(trained.adapter_folder))
     bare = shutil.copytree(trained.adapter_folder, tmp_path / "bare")
     (bare / "trained_on.json").unlink()
-    with pytest.raises(ModelError, match="the reference: the adapter in"):
+    with pytest.raises(ModelError, match=r"^the reference in"):
         load_adapter(model, str(bare), reference=str(trained.adapter_folder))
 
 

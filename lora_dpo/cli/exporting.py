@@ -3,56 +3,71 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from lora_dpo.cli.app import app
 
+Kind = Literal["adapter", "merged", "gguf", "gguf-adapter", "ollama"]
+
+Source = Annotated[
+    str, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run directory, or an adapter's folder.")
+]
+To = Annotated[Kind, typer.Option(help="See above.")]
+Output = Annotated[
+    str | None, typer.Option(metavar="PATH", help="The new folder; RUN/export-KIND by default.")
+]
+Dtype = Annotated[str, typer.Option(help="What merged weights are stored in: bf16, fp16, fp32.")]
+BaseWeights = Annotated[
+    Literal["dequantized", "original"],
+    typer.Option(
+        help="Merge into the weights that were trained on, or into those of the base's files: another"
+        " function, sometimes a better one; both are then compared."
+    ),
+]
+ShardSize = Annotated[str, typer.Option(help="Largest file of weights, such as 2GB or 500MB.")]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Reload what was made and compare it with base + adapter. By default a merged model is.",
+        show_default=False,
+    ),
+]
+Rows = Annotated[str | None, typer.Option(help="Rows to compare on instead of the held-out ones.")]
+Examples = Annotated[int, typer.Option(min=1, help="How many of them.")]
+Accept = Annotated[bool, typer.Option("--accept", help="Take what misses the bars.")]
+LlamaCpp = Annotated[Path | None, typer.Option(help="llama.cpp's folder; else $LLAMA_CPP, else the PATH.")]
+BaseModel = Annotated[
+    str | None, typer.Option(help="The base's folder or hub id, where it is not the one that was named.")
+]
+Quantization = Annotated[
+    Literal["nf4", "fp4", "int8", "none"] | None,
+    typer.Option(help="How the base of an adapter made elsewhere was quantized; none by default."),
+]
+Push = Annotated[str | None, typer.Option(metavar="USER/NAME", help="Upload it to the hub, privately.")]
+Public = Annotated[bool, typer.Option("--public", help="With --push: for everybody to see.")]
+
 
 @app.command("export")
 def export_command(
-    source: Annotated[
-        Path, typer.Argument(metavar="RUN_OR_ADAPTER", help="A run directory, or an adapter's folder.")
-    ],
-    to: Annotated[
-        Literal["adapter", "merged", "gguf", "gguf-adapter", "ollama"], typer.Option(help="See above.")
-    ],
-    output: Annotated[Path | None, typer.Option(help="The new folder; RUN/export-KIND by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="What merged weights are stored in: bf16, fp16, fp32.")] = "bf16",
-    base: Annotated[
-        Literal["dequantized", "original"],
-        typer.Option(
-            help="Merge into the weights that were trained on, or into those of the base's files: another"
-            " function, sometimes a better one; both are then compared."
-        ),
-    ] = "dequantized",
-    shard_size: Annotated[str, typer.Option(help="Largest file of weights, such as 2GB or 500MB.")] = "4GB",
-    verify: Annotated[
-        bool | None,
-        typer.Option(
-            "--verify/--no-verify",
-            help="Reload what was made and compare it with base + adapter. By default a merged model is.",
-            show_default=False,
-        ),
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="Rows to compare on instead of the held-out ones.")] = None,
-    examples: Annotated[int, typer.Option(min=1, help="How many of them.")] = 64,
-    accept: Annotated[bool, typer.Option("--accept", help="Take what misses the bars.")] = False,
-    llama_cpp: Annotated[
-        Path | None, typer.Option(help="llama.cpp's folder; else $LLAMA_CPP, else the PATH.")
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(help="The base's folder or hub id, where it is not the one that was named.")
-    ] = None,
-    quantization: Annotated[
-        Literal["nf4", "fp4", "int8", "none"] | None,
-        typer.Option(help="How the base of an adapter made elsewhere was quantized; none by default."),
-    ] = None,
-    push: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Upload it to the hub, privately.")
-    ] = None,
-    public: Annotated[bool, typer.Option("--public", help="With --push: for everybody to see.")] = False,
+    context: typer.Context,
+    source: Source,
+    to: To,
+    output: Output = None,
+    dtype: Dtype = "bf16",
+    base: BaseWeights = "dequantized",
+    shard_size: ShardSize = "4GB",
+    verify: Verify = None,
+    data: Rows = None,
+    examples: Examples = 64,
+    accept: Accept = False,
+    llama_cpp: LlamaCpp = None,
+    base_model: BaseModel = None,
+    quantization: Quantization = None,
+    push: Push = None,
+    public: Public = False,
 ) -> None:
     """Export a run, or an adapter's folder, and prove what it kept.
 
@@ -65,6 +80,7 @@ def export_command(
     margin, of the distributions or of the update is left, nothing is exported, unless --accept says so. The
     figures are in export_report.json and in the model card.
     """
+    _refuse_without_effect(_given(context), to, verify)
     from lora_dpo.export import Options, export, find_source
 
     options = Options(
@@ -85,10 +101,71 @@ def export_command(
     if push is not None:
         check_push(push)
     display = Display()
-    found = find_source(source.expanduser(), base_model=base_model, quantization=quantization)
-    folder = export(found, to, output.expanduser() if output else None, options, display=display)
+    place = None if output is None else _path(output, "--output")
+    found = find_source(_path(source, "RUN_OR_ADAPTER"), base_model=base_model, quantization=quantization)
+    folder = export(found, to, place, options, display=display)
     if push is not None:
         display.say(f"pushed: {push_folder(folder, push, public=public, display=display)}")
+
+
+MERGED: tuple[Kind, ...] = ("merged", "gguf", "ollama")
+"""Kinds for which weights are merged."""
+
+TAKEN_BY: dict[str, tuple[Kind, ...]] = {
+    "--dtype": MERGED,
+    "--base": MERGED,
+    "--shard-size": ("merged", "ollama"),
+    "--llama-cpp": ("gguf", "gguf-adapter"),
+    "--no-verify": ("adapter", *MERGED),
+    "--verify": ("adapter", *MERGED),
+    "--data": ("adapter", *MERGED),
+    "--examples": ("adapter", *MERGED),
+    "--accept": ("adapter", "gguf-adapter", *MERGED),
+}
+"""Options that mean something for some kinds only."""
+
+OF_THE_COMPARISON = ("--data", "--examples")
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The options that were typed, by their names."""
+    given = {}
+    for name, value in context.params.items():
+        found = context.get_parameter_source(name)
+        if found is None or found.name == "DEFAULT":
+            continue
+        option = "--no-verify" if (name, value) == ("verify", False) else "--" + name.replace("_", "-")
+        given[option] = value
+    return given
+
+
+def _refuse_without_effect(given: dict[str, Any], kind: Kind, verify: bool | None) -> None:
+    """Raise RecipeError for an option that would change nothing: whoever gives it expects something."""
+    from lora_dpo.errors import RecipeError
+
+    for option in given:
+        if kind not in TAKEN_BY.get(option, (kind,)):
+            kinds = ", ".join(TAKEN_BY[option])
+            raise RecipeError(f"{option} has no effect with --to {kind} (it has with {kinds}): leave it out")
+        if option in OF_THE_COMPARISON and verify is False:
+            raise RecipeError(
+                f"{option} has no effect with --no-verify, which compares nothing: leave one out"
+            )
+        if kind == "adapter" and not verify and option in (*OF_THE_COMPARISON, "--accept"):
+            raise RecipeError(
+                f"{option} has no effect with --to adapter unless --verify is given: an adapter is copied as"
+                " it is, and not compared"
+            )
+    if given.get("--public") and "--push" not in given:
+        raise RecipeError("--public has no effect without --push USER/NAME: leave it out")
+
+
+def _path(text: str, what: str) -> Path:
+    from lora_dpo.errors import RecipeError
+
+    if not text.strip():
+        raise RecipeError(f"{what} got {text!r}; it takes a folder")
+    return Path(text).expanduser()
 
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from lora_dpo.errors import RunError
+from lora_dpo.export.destination import refuse_existing
 from lora_dpo.finished import check_adapter
 from lora_dpo.model import RECORD, load_tokenizer, read_adapter, read_record
 from lora_dpo.model.saved import CONFIG, TENSORS
 from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Base
-from lora_dpo.run_directory import MANIFEST, RunDirectory, need_space, write_folder
+from lora_dpo.run_directory import MANIFEST, RunDirectory, grow_folder, need_space
 
 TOKENIZER = "tokenizer_config.json"
 TOKENIZERS = (
@@ -65,21 +65,16 @@ def export_adapter(
     else:
         assert not isinstance(source, RunDirectory)
         files, base = _parts(source.adapter), source.base
-    refuse_existing(to)
     need_space(to, sum(file.stat().st_size for file in files), "the adapter")
 
     def fill(part: Path) -> None:
+        refuse_existing(to)
         _fill(part, files, base)
         finish(part)
 
-    write_folder(to, fill)
+    refuse_existing(to)
+    grow_folder(to, fill, fresh=True)
     return to
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raise RunError if something is there already: an export overwrites nothing."""
-    if folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))):
-        raise RunError(f"{folder} is there already and is not empty: choose another with --output")
 
 
 def _parts(folder: Path) -> list[Path]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lora_dpo.errors import RunError
-from lora_dpo.export.adapter import export_adapter, refuse_existing
+from lora_dpo.errors import ModelError, RunError
+from lora_dpo.export.adapter import export_adapter
+from lora_dpo.export.destination import destination, refuse_existing
 from lora_dpo.export.gguf.converter import ADAPTERS, MODELS, find_converter, not_found
 from lora_dpo.export.gguf.making import (
+    GgufExport,
     expected_bytes,
     export_gguf,
     export_gguf_adapter,
@@ -25,7 +28,7 @@ from lora_dpo.export.proof.report import Kind, Report, describe
 from lora_dpo.export.serving.commands import commands, sequence_classifier
 from lora_dpo.export.serving.linter import lint
 from lora_dpo.export.source import Source
-from lora_dpo.run_directory import grow_folder, write_folder
+from lora_dpo.run_directory import grow_folder
 from lora_dpo.training import Display
 
 
@@ -44,11 +47,8 @@ def export(
     options, display = options or Options(), display or Display(quiet=True)
     if source.is_reward:
         _check_reward(source, kind, options)
-    if to is None:
-        home = source.run.path if source.run else source.adapter.resolve().parent
-        to = home / (f"export-{kind}" if source.run else f"{source.name}-export-{kind}")
-    to = to if to.name else to.resolve()  # "." has no name to put another one beside
-    refuse_existing(to)
+    to = destination(source, kind, to)
+    say_all(display, source.notes)
     makers: dict[Kind, Callable[..., object]] = {
         "adapter": _export_adapter,
         "merged": export_merged,
@@ -58,6 +58,8 @@ def export(
     }
     makers[kind](source, to, options, display=display)
     display.say(f"{kind}: {to}")
+    if kind == "adapter":
+        _say_how_to_serve(to, source, display)
     return to
 
 
@@ -93,13 +95,18 @@ def _export_adapter(source: Source, to: Path, options: Options, *, display: Disp
         finish(part, source, report.as_dict(), "adapter", options)
 
     export_adapter(source, to, describe_it)
+
+
+def _say_how_to_serve(folder: Path, source: Source, display: Display) -> None:
+    """What servers will choke on, and the command lines that work; PEFT's Python is in the card."""
     if source.is_reward:
-        display.say(f"\ntransformers and PEFT:\n{sequence_classifier(to, source.base)}")
+        display.say(f"\ntransformers and PEFT:\n{sequence_classifier(folder, source.base)}")
         return
-    for finding in lint(to, source.base):
-        display.say(str(finding))
-    for server, line in commands(to, source.base).items():
-        display.say(f"\n{server}:\n{line}")
+    say_all(display, [str(finding) for finding in lint(folder, source.base)])
+    for server, line in commands(folder, source.base).items():
+        if server != "PEFT":
+            display.say(f"\n{server}:\n{line}")
+    display.say(f"\nPEFT: the Python is in {folder / 'README.md'}")
 
 
 def export_to_gguf(
@@ -114,18 +121,16 @@ def export_to_gguf(
     name = f"{source.name}-{options.dtype}.gguf"
     converter = find_converter(options.llama_cpp, MODELS)
     if converter is None:
-        raise not_found(MODELS, gguf_command(Path("MERGED"), to / name, options.dtype, None))
+        merged = to.with_name(f"{to.name}-merged")
+        line = gguf_command(merged, to / name, options.dtype, None)
+        raise not_found(MODELS, line, _lines_before(source, to, merged, options))
 
     def fill(part: Path) -> None:
+        refuse_existing(to)
         merged = part / "merged"
         merged.mkdir(exist_ok=True)
         report = merge_and_prove(source, merged, options, display)
-        (part / name).unlink(missing_ok=True)
-        total = expected_bytes(merged, options.dtype) >> 20
-        with display.counting("converting, MiB", total) as advance:
-            made = export_gguf(
-                merged, part / name, options.dtype, converter, accept=options.accept, progress=advance
-            )
+        made = _converted(merged, part / name, converter, options, display)
         say_all(display, made.describe())
         say_all(display, write_modelfile(part, merged, source=part / name).describe())
         finish(part, source, with_file(report, made, "gguf"), "gguf", options)
@@ -136,6 +141,32 @@ def export_to_gguf(
     return to / name
 
 
+def _converted(merged: Path, file: Path, converter: Path, options: Options, display: Display) -> GgufExport:
+    file.unlink(missing_ok=True)
+    total = expected_bytes(merged, options.dtype) >> 20
+    try:
+        with display.counting("converting, MiB", total) as advance:
+            return export_gguf(
+                merged, file, options.dtype, converter, accept=options.accept, progress=advance
+            )
+    except ModelError as error:
+        raise ModelError(
+            f"{error}\nThe merged model waits in {merged}: the same command goes on with it, or delete"
+            f" {merged.parent}"
+        ) from error
+
+
+def _lines_before(source: Source, to: Path, merged: Path, options: Options) -> list[str]:
+    """What makes the merged folder that a converter is given by hand, and the folder for its file."""
+    path = source.run.path if source.run else source.adapter
+    words = ["lora-dpo", "export", str(path), "--to", "merged", "--dtype", options.dtype]
+    words += ["--base", options.base] if options.base != "dequantized" else []
+    if source.run is None:
+        words += ["--base-model", source.base.model]
+        words += ["--quantization", source.base.quantization] if source.record is None else []
+    return [shlex.join([*words, "--output", str(merged)]), shlex.join(["mkdir", "-p", str(to)])]
+
+
 def export_to_gguf_adapter(
     source: Source, to: Path, options: Options | None = None, *, display: Display | None = None
 ) -> Path:
@@ -144,9 +175,11 @@ def export_to_gguf_adapter(
     name = f"{source.name}-adapter.gguf"
     converter = find_converter(options.llama_cpp, ADAPTERS)
     if converter is None:
-        raise not_found(ADAPTERS, gguf_adapter_command(source.adapter, source.base, to / name, None))
+        line = gguf_adapter_command(source.adapter, source.base, to / name, None)
+        raise not_found(ADAPTERS, line, [shlex.join(["mkdir", "-p", str(to)])])
 
     def fill(part: Path) -> None:
+        refuse_existing(to)
         made = export_gguf_adapter(
             source.adapter,
             source.base,
@@ -159,7 +192,7 @@ def export_to_gguf_adapter(
         finish(part, source, with_file(report, made, "gguf-adapter"), "gguf-adapter", options)
 
     refuse_existing(to)
-    write_folder(to, fill)
+    grow_folder(to, fill, fresh=True)
     return to / name
 
 
@@ -171,6 +204,7 @@ def export_to_ollama(
     made: list[Report] = []
 
     def fill(part: Path) -> None:
+        refuse_existing(to)
         made.append(merge_and_prove(source, part, options, display))
         say_all(display, write_modelfile(part, part).describe())
         finish(part, source, made[0].as_dict() | {"kind": "ollama"}, "ollama", options)

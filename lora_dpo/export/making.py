@@ -13,12 +13,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lora_dpo.errors import ModelError, RunError
-from lora_dpo.export.adapter import refuse_existing
 from lora_dpo.export.card.card import write_card
+from lora_dpo.export.destination import refuse_existing
 from lora_dpo.export.merging.files import SHARD_SIZE, Settings, clear, merge
 from lora_dpo.export.merging.kept import Kept, joined
 from lora_dpo.export.proof.prove import EXAMPLES, prove
 from lora_dpo.export.proof.report import FILE, Kind, Report, describe, write_report
+from lora_dpo.export.proof.rows import rows_for
 from lora_dpo.export.source import Source
 from lora_dpo.model import load_tokenizer
 from lora_dpo.run_directory import grow_folder, write_text
@@ -69,6 +70,7 @@ def export_merged(
     made: list[Report] = []
 
     def fill(part: Path) -> None:
+        refuse_existing(to)  # another process may have been quicker
         made.append(merge_and_prove(source, part, options, display))
         write_card(part, source, made[0].as_dict(), "merged", repository=options.repository)
         clear(part)
@@ -80,6 +82,9 @@ def export_merged(
 
 def merge_and_prove(source: Source, folder: Path, options: Options, display: Display) -> Report:
     """Fill a folder with the merged model, tokenizer and report. Raises RunError where a bar is missed."""
+    named = options.data is not None and options.verify is not False
+    # Read before the minutes that a merge takes: what somebody typed may be wrong.
+    rows = rows_for(source, "merged", options.data, options.examples, display) if named else None
     kept = merge(source.base, source.adapter, folder, options.settings, counting=_megabytes(display))
     tokenizer_of(source).save(folder)
     weights = _weights(kept)
@@ -90,7 +95,7 @@ def merge_and_prove(source: Source, folder: Path, options: Options, display: Dis
             dtype=options.dtype,
             base=options.base,
             weights=weights,
-            data=options.data,
+            rows=rows,
             examples=options.examples,
             accept=options.accept,
             display=display,

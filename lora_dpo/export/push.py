@@ -31,11 +31,15 @@ def check_push(repo_id: str) -> str:
     from huggingface_hub import constants, get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+    if repo_id.count("/") > 1:
+        raise RunError(
+            f"--push {repo_id!r} is no name of a repository: it has more than one /; give user/name"
+        )
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise RunError(f"--push {repo_id!r} is no name of a repository (user/name): {error}") from None
-    if repo_id.count("/") != 1:
+    if "/" not in repo_id:
         raise RunError(f"--push {repo_id!r} names no user or organization: give user/name")
     if constants.is_offline_mode():
         raise RunError("--push needs the network, which HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids")

@@ -9,7 +9,7 @@ from lora_dpo.errors import ModelError, RunError
 from lora_dpo.finished import check_adapter, check_whole
 from lora_dpo.model.saved import CONFIG, find_adapter
 from lora_dpo.model.score import TASK
-from lora_dpo.model.trained_on import TrainedOn, check_base, read_record
+from lora_dpo.model.trained_on import TrainedOn, base_notes, check_base, read_record
 from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Base, Recipe, load_recipe
 from lora_dpo.run_directory import RunDirectory
@@ -27,6 +27,20 @@ class Source:
     run: RunDirectory | None = None
     recipe: Recipe | None = None
     record: TrainedOn | None = None
+
+    @property
+    def notes(self) -> list[str]:
+        """What could not be checked of the base, and what is otherwise than in training, a line each."""
+        what = f"the adapter in {self.adapter}"
+        if self.record is not None:
+            return base_notes(self.record, self.base, what)
+        if self.run is not None:
+            return []
+        stored = "unquantized" if self.base.quantization == "none" else f"in {self.base.quantization}"
+        return [
+            f"note: {what} doesn't say which weights it was trained on: {self.base.model} is taken for them,"
+            f" {stored} (--base-model and --quantization name others)"
+        ]
 
     @property
     def name(self) -> str:

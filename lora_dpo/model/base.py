@@ -11,6 +11,7 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -122,6 +123,16 @@ def load_config(base: Base) -> Any:
     for part in (config, config.get_text_config()):
         vars(part).pop("quantization_config", None)
     return config
+
+
+def architecture_of(base: Base) -> str | None:
+    """The class that the base is loaded as; None where transformers knows none. Raises ModelError."""
+    config = load_config(base)
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if base.trust_remote_code and isinstance(own, str):
+        return own.rpartition(".")[2]
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return found.__name__ if isinstance(found, type) else None
 
 
 def _read_config(base: Base) -> Any:

@@ -16,6 +16,7 @@ from lora_dpo.model.roles import Model, with_adapter
 from lora_dpo.model.saved import (
     SavedAdapter,
     adapter_tensors,
+    called,
     check_left_out,
     find_adapter,
     in_memory,
@@ -105,7 +106,7 @@ def check_early(base: Base, folder: str | None, key: str) -> None:
         weight_files(base)
     except ModelError:
         return
-    check_base(record, base, f"{key}: the adapter in {place}")
+    check_base(record, base, called(key, place))
 
 
 def _start_from(model: Model, adapter: Adapter, rewards: bool) -> Model:
@@ -144,7 +145,7 @@ def _put(
     **changes: Any,
 ) -> Model:
     """The model with an adapter more. changes: fields of the new model."""
-    check_base(saved.record, model.base, f"{saved.key}: the adapter in {saved.folder}")
+    check_base(saved.record, model.base, called(saved.key, saved.folder))
     network = put_on(
         model.network,
         saved,

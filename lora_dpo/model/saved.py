@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 import warnings
 from dataclasses import dataclass
 from operator import attrgetter
@@ -118,7 +119,7 @@ def read_adapter(path: str, key: str, *, shapes_only: bool = False, kind: Kind =
     shapes_only: its tensors come without values, on the meta device. kind: whose adapter it must be.
     """
     folder = find_adapter(path, key)
-    what = f"{key}: the adapter in {folder}"
+    what = called(key, folder)
     values = read_json(folder / CONFIG, key)
     _refuse_unusual(values, what)
     check_kind(values, kind, what)
@@ -287,22 +288,43 @@ def _fill(network: PeftModel, saved: SavedAdapter, name: str, own: dict[str, nn.
     for key in tensors.keys() & base.keys():
         # peft saves whole embeddings where they were targeted or resized, and would write them to the base.
         value = tensors.pop(key)
-        if value.shape != base[key].shape or not torch.equal(value.to(base[key]), base[key]):
+        # On the meta device there is nothing to compare with: a merge does it with the base's files.
+        known = not base[key].is_meta
+        if value.shape != base[key].shape or (known and not torch.equal(value.to(base[key]), base[key])):
             raise _does_not_fit(saved, f"it brings another {key.removeprefix('base_model.model.')}")
     try:
         result = set_peft_model_state_dict(network, tensors, adapter_name=name)
     except KeyError as error:
         raise _does_not_fit(saved, f"it lacks {error}") from error
     except RuntimeError as error:
-        raise _does_not_fit(saved, " ".join(str(error).split())) from error
+        raise _does_not_fit(saved, _shapes_in_words(str(error))) from error
     missing = [n for n in result.missing_keys if n in own]
     if missing or result.unexpected_keys:
         reason = f"it lacks {missing[0]}" if missing else f"there is no place for {result.unexpected_keys[0]}"
         raise _does_not_fit(saved, reason)
 
 
+def _shapes_in_words(text: str) -> str:
+    """What torch says of tensors whose shapes differ, the first of them in words."""
+    found = _MISMATCH.findall(text)
+    if not found:
+        return " ".join(text.split())
+    name, there, here = found[0]
+    more = f", and {len(found) - 1} others differ too" if len(found) > 1 else ""
+    name = re.sub(r"(\.lora_[AB])\.\w+\.", r"\1.", name.removeprefix("base_model.model."))
+    return f"its {name} is {there}, and by this base and its config it has to be {here}{more}"
+
+
+_MISMATCH = re.compile(r"size mismatch for (\S+): .*?torch\.Size\((\[.*?\])\).*?torch\.Size\((\[.*?\])\)")
+
+
 def _does_not_fit(saved: SavedAdapter, reason: str) -> ModelError:
-    return ModelError(f"{saved.key}: the adapter in {saved.folder} does not fit this base: {reason}")
+    return ModelError(f"{called(saved.key, saved.folder)} does not fit this base: {reason}")
+
+
+def called(key: str, folder: Path | str) -> str:
+    """An adapter in an error: by the recipe's key that named it, where one did."""
+    return f"{key} in {folder}" if key.startswith("the ") else f"{key}: the adapter in {folder}"
 
 
 def adapter_tensors(network: PeftModel, name: str) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ import xxhash
 from transformers import PreTrainedModel
 
 from lora_dpo.errors import ModelError, RunError
+from lora_dpo.model.base import architecture_of
 from lora_dpo.model.stored import commit_of, hash_of, weight_files
 from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Base
@@ -148,11 +149,16 @@ def template_hash(template: str | None) -> str | None:
 
 
 def check_base(record: TrainedOn | None, base: Base | None, what: str) -> None:
-    """Raise ModelError where an adapter was trained on other weights than those of this base.
+    """Raise ModelError where an adapter was trained on another architecture or on other weights than this
+    base's.
 
-    what: the adapter, for the error. An adapter without a record, or without a hash in it, is taken.
+    what: the adapter, for the error. An adapter without a record is taken; so is one without a hash in it,
+    of which `base_notes` tells.
     """
-    if record is None or record.content is None or base is None:
+    if record is None or base is None:
+        return
+    _check_architecture(record, base, what)
+    if record.content is None:
         return
     here = content_hash(base)
     if here != record.content:
@@ -164,23 +170,48 @@ def check_base(record: TrainedOn | None, base: Base | None, what: str) -> None:
         )
 
 
+def _check_architecture(record: TrainedOn, base: Base, what: str) -> None:
+    try:
+        here = architecture_of(base)
+    except ModelError:  # no config that can be read: whatever loads the base says so
+        return
+    if here is not None and here != record.architecture:
+        raise ModelError(
+            f"{what} was trained on another architecture: on a {record.architecture!r:.80}, and base.model"
+            f" {_named(base.model, base.revision)} is a {here}. Give the base that it was trained on as"
+            f" base.model; where this one is meant, a copy of the adapter's folder without {RECORD} is taken"
+            " on any base"
+        )
+
+
 def record_notes(record: TrainedOn | None, base: Base, template: str | None, what: str) -> list[str]:
     """What is otherwise than when an adapter was trained, and allowed, a line each. what: the adapter."""
     if record is None:
         return []
+    lines = base_notes(record, base, what)
+    if record.template != template_hash(template):
+        had = "another chat template" if record.template else "no chat template"
+        lines.append(
+            f"note: {what} was trained with {had}: its own tokenizer is in its folder, and data.chat_template"
+            " takes a template's file"
+        )
+    return lines
+
+
+def base_notes(record: TrainedOn, base: Base, what: str) -> list[str]:
+    """What of `record_notes` is about the base."""
     lines = []
+    if record.content is None:
+        lines.append(
+            f"note: {what} holds no hash of the weights that it was trained on, {record.described()}: whether"
+            f" {_named(base.model, base.revision)} are those could not be checked"
+        )
     then = _storage(record.quantization, record.double_quantization)
     now = _storage(base.quantization, base.double_quantization)
     if then != now:
         lines.append(
             f"note: {what} was trained on the base in {then}, and is used on it in {now}: together they are"
             " not quite what was trained"
-        )
-    if record.template != template_hash(template):
-        had = "another chat template" if record.template else "no chat template"
-        lines.append(
-            f"note: {what} was trained with {had}: its own tokenizer is in its folder, and data.chat_template"
-            " takes a template's file"
         )
     return lines
 

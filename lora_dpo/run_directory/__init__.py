@@ -6,12 +6,12 @@ lines.py      files of JSON lines that grow, and are gone on with
 manifest.py   whether a folder is what was written
 """
 
-from lora_dpo.run_directory.directory import RunDirectory, cache_folder
+from lora_dpo.run_directory.directory import OWN_NAMES, RunDirectory, cache_folder
 from lora_dpo.run_directory.lines import GrowingFile, growing
 from lora_dpo.run_directory.manifest import MANIFEST, damage
 from lora_dpo.run_directory.writing import (
-    LOCK,
     delete_folder,
+    empty,
     grow_folder,
     in_words,
     need_space,
@@ -20,13 +20,14 @@ from lora_dpo.run_directory.writing import (
 )
 
 __all__ = [
-    "LOCK",
     "MANIFEST",
+    "OWN_NAMES",
     "GrowingFile",
     "RunDirectory",
     "cache_folder",
     "damage",
     "delete_folder",
+    "empty",
     "grow_folder",
     "growing",
     "in_words",

@@ -66,30 +66,59 @@ def write_folder(folder: Path, fill: Callable[[Path], None], *, manifest: bool =
         raise RunError(f"cannot write {folder}: {error}") from error
 
 
-def grow_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """`write_folder` for what takes long: whoever is stopped leaves what he had in the hidden folder beside
-    its place, where `fill` finds it the next time.
+def grow_folder(folder: Path, fill: Callable[[Path], None], *, fresh: bool = False) -> None:
+    """`write_folder` for what takes long, by one process at a time: whoever is stopped leaves what he had in
+    the hidden folder beside its place, where `fill` finds it the next time.
 
-    A disk that is full, or refuses, leaves nothing. Raises RunError for that, and where another process is
+    A disk that is full, or refuses, leaves nothing. fresh: so does whatever else `fill` raises, and it starts
+    with an empty folder. Raises RunError where the system refuses to write, and where another process is
     filling it.
     """
-    part, old = folder.with_name(f".{folder.name}.part"), folder.with_name(f".{folder.name}.old")
+    part = folder.with_name(f".{folder.name}.part")
+    if part.is_symlink():
+        raise RunError(f"cannot write {folder}: {part} is a link")
     try:
-        try:
-            part.mkdir(parents=True, exist_ok=True)
-            with _locked(part / LOCK):
-                fill(part)
-            (part / LOCK).unlink(missing_ok=True)
-            for file in part.rglob("*"):
-                sync(file)
-            sync(part)
-            _put_in_place(part, folder, old)
-        except (OSError, SafetensorError, RunError) as error:
-            if not isinstance(error, RunError) or isinstance(error.__cause__, OSError):
-                shutil.rmtree(part, ignore_errors=True)
-            raise
+        part.mkdir(parents=True, exist_ok=True)
+        with _locked(part / LOCK):
+            try:
+                if fresh:
+                    empty(part)
+                _fill_and_place(part, folder, fill)
+            except BaseException as error:
+                refused = error.__cause__ if isinstance(error, RunError) else error
+                with contextlib.suppress(OSError):
+                    if fresh or isinstance(refused, (OSError, SafetensorError)):
+                        empty(part)
+                    _remove_if_empty(part)
+                raise
     except (OSError, SafetensorError) as error:
-        raise RunError(f"cannot write {folder}: {error}") from error
+        raise RunError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _fill_and_place(part: Path, folder: Path, fill: Callable[[Path], None]) -> None:
+    fill(part)
+    for file in part.rglob("*"):
+        sync(file)
+    sync(part)
+    # Held, though its file is gone: nobody else begins in the folder while it is put in its place.
+    (part / LOCK).unlink(missing_ok=True)
+    _put_in_place(part, folder, folder.with_name(f".{folder.name}.old"))
+
+
+def empty(folder: Path) -> None:
+    """Remove all but the lock from a folder that is growing. Raises OSError."""
+    for file in folder.iterdir():
+        if file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        elif file.name != LOCK:
+            file.unlink(missing_ok=True)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    """Remove a folder that holds at most its lock. Raises OSError."""
+    if not {file.name for file in folder.iterdir()} - {LOCK}:
+        (folder / LOCK).unlink(missing_ok=True)
+        folder.rmdir()
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """vLLM behind `sample`: much faster on a card, for a second copy of the base in its memory (extra `vllm`).
 
-What is promised is less than in memory: vLLM quantizes for itself, so that its policy is the trained one up to
-rounding, and a response is a function of its seed only as far as vLLM's batching leaves it so. Nothing here
-has been measured.
+What is promised is less than in memory: vLLM quantizes for itself, so that its policy is the trained one up
+to rounding, and a response is a function of its seed only as far as vLLM's batching leaves it so. Nothing
+here has been measured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lora_dpo.sampling.decoding import Response
 from lora_dpo.sampling.noise import prompt_key
 
 PROMPTS_AT_ONCE = 256
-"""So many prompts are handed over at a time: vLLM fills its own batches, and these many are lost to a kill."""
+"""So many prompts are handed over at a time: vLLM fills its own batches; a kill loses at most these many."""
 
 QUANTIZED = ("nf4", "fp4")
 
@@ -64,7 +64,8 @@ class VLLM:
         for n, ids in enumerate(prompts):
             if not 0 < len(ids) < self.tokens:
                 raise RunError(
-                    f"prompt {n + 1} ({names[n]}) has {len(ids):,} tokens; between 1 and {self.tokens - 1:,} fit"
+                    f"prompt {n + 1} ({names[n]}) has {len(ids):,} tokens;"
+                    f" between 1 and {self.tokens - 1:,} fit"
                 )
         made: list[list[Response]] = [[] for _ in prompts]
         new = [n for n in range(len(prompts)) if n not in known]
@@ -163,6 +164,7 @@ def _module() -> Any:
         import vllm  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ModelError(
-            f"vLLM cannot be imported ({error}): pip install 'lora-dpo[vllm]', or sample from the model in memory"
+            f"vLLM cannot be imported ({error}): pip install 'lora-dpo[vllm]', or sample from the model in"
+            " memory"
         ) from error
     return vllm

@@ -86,7 +86,7 @@ class Facts:
     @property
     def on_own_rows(self) -> bool:
         """Whether evaluation.json is of the rows that the run held out: eval --data takes others."""
-        if self.evaluation is None or self.kept_evaluation is None:
+        if self.evaluation is None or self.kept_evaluation is None or self.evaluation.get("source"):
             return False
         if self.examples is not None and self.evaluation.get("examples") != self.examples[1]:
             return False

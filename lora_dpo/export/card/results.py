@@ -63,12 +63,7 @@ def _evaluated(facts: Facts) -> list[str]:
     if facts.evaluation is not None:
         examples = facts.evaluation.get("examples")
         number = f"{examples:,}" if isinstance(examples, int) else "an unknown number of"
-        whose = (
-            " that the run held out"
-            if facts.on_own_rows
-            else ", of which isn't recorded where they are from: they may be others than the run held out"
-        )
-        said = f"On {number} {rows}{whose}. Means with 95% bootstrap intervals over them."
+        said = f"On {number} {rows}{_whose(facts)}. Means with 95% bootstrap intervals over them."
         metrics = mapping_of(facts.evaluation.get("metrics"))
         return [said, _metrics_table(facts, {name: interval_text(value) for name, value in metrics.items()})]
     record = facts.kept_evaluation
@@ -80,6 +75,16 @@ def _evaluated(facts: Facts) -> list[str]:
         means = {k.removeprefix("eval/"): v for k, v in record.items() if k.startswith("eval/")}
         return [said, _metrics_table(facts, {name: (digits(value), "") for name, value in means.items()})]
     return ["Nothing was measured on held-out examples, or it was not recorded where this card was written."]
+
+
+def _whose(facts: Facts) -> str:
+    """Which rows evaluation.json is of, in words."""
+    if facts.on_own_rows:
+        return " that the run held out"
+    source = text_of(mapping_of(facts.evaluation).get("source"))
+    if source is not None:
+        return f" of {code(public_text(last_part(source)))}, not of those that the run held out"
+    return ", of which isn't recorded where they are from: they may be others than the run held out"
 
 
 def _metrics_table(facts: Facts, found: Mapping[str, tuple[str, str]]) -> str:
@@ -132,6 +137,8 @@ def proof(facts: Facts) -> str:
     for key, name in (("pairs", "base + adapter"), ("stored", "the original base + adapter")):
         pairs = mapping_of(report.get(key))
         parts += _pairs(pairs, name) if pairs else []
+    if mapping_of(report.get("pairs")):
+        parts += _other_figures(facts)
     parts += _bases(_list(report.get("bases")))
     parts.append(bullets([plain(public_text(str(note))) for note in _list(report.get("notes"))]))
     return "\n\n".join(part for part in parts if part)
@@ -176,7 +183,10 @@ def _verdict(report: Mapping[str, Any]) -> list[str]:
 
 def _weights(weights: Mapping[str, Any]) -> str:
     """The share of the update that is left in the stored weights, in all and where it is least."""
-    layers = [layer for layer in _list(weights.get("layers")) if isinstance(layer, Mapping)]
+    if "kept" in weights and weights["kept"] is None:
+        return "The adapter changes no weight: its update is 0."
+    found = [layer for layer in _list(weights.get("layers")) if isinstance(layer, Mapping)]
+    layers = [layer for layer in found if layer.get("kept") is not None]  # the others have no update to keep
     said = (
         f"In the weights, {short(weights.get('kept'))} of the update is kept over all changed tensors, and"
         f" what is stored differs from what was wanted by {short(weights.get('error'))} of the update's norm."
@@ -216,6 +226,20 @@ def _pairs(pairs: Mapping[str, Any], name: str) -> list[str]:
     parts = [f"Reloaded from disk and compared with {name} on held-out rows{on}: {count}{how}."]
     parts += [table((f"export against {name}", "mean", "largest"), rows)] if rows else []
     return parts + ([table(("mean [95% interval]", name, "as exported"), both)] if both else [])
+
+
+def _other_figures(facts: Facts) -> list[str]:
+    """Why these figures aren't those of the run's own evaluation, where the card has both."""
+    metrics = mapping_of(None if facts.evaluation is None else facts.evaluation.get("metrics"))
+    if "rewards/margin" not in metrics and "eval/rewards/margin" not in (facts.kept_evaluation or {}):
+        return []
+    beta = None if facts.recipe is None else number_of(getattr(facts.recipe.loss, "beta", None))
+    included = "" if beta is None else f", β = {beta:g} included"
+    return [
+        "These are not the figures under Measured results: there the margin is that of the objective's"
+        f" implicit rewards{included}, computed as in training; here it is without β, on the rows and in the"
+        " arithmetic that are named here."
+    ]
 
 
 def _differences(pairs: Mapping[str, Any], name: str) -> list[Sequence[str]]:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora_dpo.errors import ModelError
-from lora_dpo.export.gguf.file import GgufFile, GgufTensor
+from lora_dpo.export.gguf.file import DTYPES, GgufFile, GgufTensor
 from lora_dpo.export.gguf.names import Place, known_names, place_of
 from lora_dpo.export.gguf.tensors import Stored, headers
 
@@ -79,17 +78,16 @@ def package_is_there() -> bool:
 
 
 def check_model(file: Path, merged: Path) -> Check | None:
-    """Compare a GGUF model with the merged folder that it was made from; None without the gguf package."""
+    """Compare a GGUF model with the merged folder that it was made from; None without the gguf package.
+
+    Raises ModelError where it is no whole GGUF file.
+    """
     if not package_is_there():
         return None
     from lora_dpo.export.gguf.metadata import check_metadata
 
     check = Check()
-    try:
-        opened = GgufFile.open(file)
-    except ModelError as error:
-        check.findings.append(str(error))
-        return check
+    opened = GgufFile.open(file)
     check_metadata(check, opened, merged)
     _check_tensors(check, opened, headers(merged))
     return check
@@ -98,18 +96,15 @@ def check_model(file: Path, merged: Path) -> Check | None:
 def check_adapter(file: Path, adapter: Path, base: Any) -> Check | None:
     """Compare a GGUF adapter with the folder in PEFT's layout that it was made from; None without gguf.
 
-    base: the config of the base, whose heads say how queries and keys are turned.
+    base: the config of the base, whose heads say how queries and keys are turned. Raises ModelError where it
+    is no whole GGUF file.
     """
     if not package_is_there():
         return None
     from lora_dpo.export.gguf.metadata import check_adapter_metadata
 
     check = Check()
-    try:
-        opened = GgufFile.open(file)
-    except ModelError as error:
-        check.findings.append(str(error))
-        return check
+    opened = GgufFile.open(file)
     check_adapter_metadata(check, opened, adapter)
     heads = getattr(base, "num_attention_heads", None), getattr(base, "num_key_value_heads", None)
     _check_tensors(check, opened, headers(adapter, "adapter_model.safetensors"), heads)
@@ -164,6 +159,9 @@ def _compare(
     known: whether it can be nothing else.
     """
     name = source.name
+    if tensor.dtype not in DTYPES:
+        check.findings.append(f"{place.name} is stored as {tensor.dtype}, which was not asked for")
+        return
     shape = tensor.shape if place.expert is None else tensor.shape[1:]
     wanted = source.shape[::-1] if place.transposed else source.shape
     flat = tuple(n for n in wanted if n != 1)

@@ -33,6 +33,7 @@ Progress = Callable[[int], None]
 
 _POLL_SECONDS = 0.2
 _LAST_LINES = 12
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 # Ends the converter when whoever started it is gone, even by SIGKILL: its end of the pipe closes then.
 _LAUNCHER = """
@@ -80,14 +81,17 @@ def command(script: Path | None, arguments: Sequence[str | Path], name: str) -> 
     return shlex.join(["python", str(place), *map(str, arguments)])
 
 
-def not_found(name: str, line: str) -> ModelError:
-    """The error where there is no converter: what to fetch, and what to type then."""
+def not_found(name: str, line: str, before: Sequence[str] = ()) -> ModelError:
+    """The error where there is no converter: what to fetch, and what to type then. before: lines that make
+    what `line` converts.
+    """
+    made = "".join(f"  {earlier}\n" for earlier in before)
     return ModelError(
         f"llama.cpp's {name} was not found (--llama-cpp DIR, ${VARIABLE} or the PATH name it): nothing was"
         " converted. It comes with llama.cpp:\n"
         f"  git clone --depth 1 {SOURCE}\n"
         "  pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt\n"
-        f"  {line}\n"
+        f"{made}  {line}\n"
         "The second line may bring another torch and transformers: give it an environment of its own"
     )
 
@@ -169,11 +173,21 @@ def _last_lines(output: IO[bytes]) -> list[str]:
     output.seek(max(0, size - 2**14))
     # A progress bar writes over its line.
     lines = re.split(r"[\r\n]+", output.read().decode("utf-8", "replace"))
-    return [line.rstrip() for line in lines if line.strip()][-_LAST_LINES:]
+    shown = (_printable(line).rstrip() for line in lines)
+    return [line for line in shown if line.strip()][-_LAST_LINES:]
+
+
+def _printable(line: str) -> str:
+    """A line that can't command the terminal: without colours, other control characters escaped."""
+    line = _COLOURS.sub("", line).replace("\t", "    ")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def _failure(name: str, python: str, status: int, lines: Sequence[str]) -> str:
     text = "\n".join(lines)
+    ended = f"{name} failed (status {status})" if status else f"{name} ended with status 0 but wrote no file"
+    if not lines:
+        return f"{ended}, and printed nothing"
     missing = re.search(r"No module named '([\w.]+)'", text)
     advice = ""
     if missing:
@@ -198,4 +212,4 @@ def _failure(name: str, python: str, status: int, lines: Sequence[str]) -> str:
         )
     elif "No space left" in text:
         advice = "\nThe disk is full: make room, or name a file on another one with --output"
-    return f"{name} failed (status {status}); its last lines:\n{text}{advice}"
+    return f"{ended}; its last lines:\n{text}{advice}"

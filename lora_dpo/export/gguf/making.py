@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors import SafetensorError
 
@@ -174,23 +174,3 @@ def _checked(to_file: Path, convert: Callable[[Path], Check | None], accept: boo
                 f"the converter ended well, but the file is not the source's (--accept keeps it):\n{found}"
             )
     return check
-
-
-def report(
-    export: GgufExport, kind: Literal["gguf", "gguf-adapter"], dtype: str, *, accepted: bool = False
-) -> dict[str, Any]:
-    """export_report.json for a GGUF file: what its check found. Its source has a proof of its own."""
-    check = export.check
-    return {
-        "format": 1,
-        "kind": kind,
-        "dtype": dtype,
-        "base": "dequantized" if kind == "gguf" else "original",
-        "passed": None if check is None else not check.findings,
-        "failed": [] if check is None else list(check.findings),
-        "accepted": accepted,
-        "bars": {},
-        "weights": None,
-        "pairs": None,
-        "bases": None,
-    }

@@ -10,7 +10,7 @@ they are needed.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Tra
 from torch import Tensor, nn
 
 from lora_dpo.errors import ModelError
-from lora_dpo.export.merging.shards import Tensors
+from lora_dpo.export.merging.shards import Tensors, blocks_of_rows
 from lora_dpo.model import POLICY, SMALLEST_NORM
 from lora_dpo.model.saved import put_on, read_adapter
 from lora_dpo.model.skeleton import Skeleton
@@ -177,10 +177,44 @@ def changes_of(skeleton: Skeleton, adapter: Path) -> dict[str, Change]:
     for parameter, original in skeleton.tied.items():
         if _shares_tokens(network, parameter):
             found[parameter] = found[original]
-    left = sorted(saved.tensors.keys() - used)
+    left = sorted(n for n in saved.tensors.keys() - used if _base_parameter(n) not in skeleton.own)
     if left or not used:
         raise ModelError(f"the adapter in {adapter} cannot be merged: {left[0] if left else 'it is empty'}")
     return found
+
+
+def check_brought(skeleton: Skeleton, changes: Mapping[str, Change], adapter: Tensors, base: Tensors) -> None:
+    """Raise ModelError where an adapter's file brings other whole weights than the base's.
+
+    peft saves embeddings and head beside their factors; one whose vocabulary grew has others.
+    """
+    files = {skeleton.parameter_of(name)[0]: name for name in base.entries}
+    files |= {
+        one: files[other] for one, other in skeleton.tied.items() if other in files and one not in files
+    }
+    files |= {
+        other: files[one] for one, other in skeleton.tied.items() if one in files and other not in files
+    }
+    for name in adapter.entries:
+        parameter = _base_parameter(name)
+        if parameter not in skeleton.own or changes.get(parameter) == Whole(name):
+            continue
+        shape, dtype = adapter.entries[name].shape, skeleton.own[parameter].dtype
+        source = files.get(parameter, "")
+        same = source in base.entries and base.entries[source].shape == shape
+        for first, count in blocks_of_rows(shape or (1,)) if same else ():
+            ours, theirs = (tensors.read(n, first, count) for tensors, n in ((base, source), (adapter, name)))
+            same = same and torch.equal(ours.to(dtype), theirs.to(dtype))
+        if not same:
+            raise ModelError(
+                f"{adapter.entries[name].file} brings another {parameter} than the base's: it was trained on"
+                " another base, or on one whose vocabulary was resized, and cannot be merged into this one"
+            )
+
+
+def _base_parameter(name: str) -> str:
+    """The base's parameter whose whole value an adapter's tensor of this name would be."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _of_module(path: str, module: nn.Module) -> Iterator[tuple[str, Change, list[str]]]:

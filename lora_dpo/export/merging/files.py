@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lora_dpo.errors import ModelError
-from lora_dpo.export.merging.changes import changes_of
+from lora_dpo.export.merging.changes import changes_of, check_brought
 from lora_dpo.export.merging.kept import Kept
 from lora_dpo.export.merging.merge import Merge
 from lora_dpo.export.merging.shards import Part, Tensors, shards_of, write_shard
@@ -28,7 +28,7 @@ from lora_dpo.model.skeleton import Skeleton, skeleton_of
 from lora_dpo.model.stored import weight_files
 from lora_dpo.model.trust import INDEX
 from lora_dpo.recipe import Base
-from lora_dpo.run_directory import LOCK, need_space, write_text
+from lora_dpo.run_directory import empty, need_space, write_text
 
 SHARD_SIZE = 4 * 10**9
 """Bytes of a file of weights, unless something else is asked for."""
@@ -73,15 +73,20 @@ def merge(
         )
     with Tensors(weight_files(base)) as weights, Tensors([adapter / "adapter_model.safetensors"]) as factors:
         changes = changes_of(skeleton, adapter)
+        check_brought(skeleton, changes, factors, weights)
         job = Merge(skeleton, weights, factors, changes, settings.dtype, settings.original)
         shards = shards_of(job.parts(), settings.shard_size)
         identity = _identity(base, skeleton, [*weights.files, adapter], settings)
         done = _Done(folder, identity, shards)
-        need_space(folder, done.missing_bytes, "the merged model")
-        with counting("merging", done.missing_bytes) as advance:
-            for number in done.missing():
-                write_shard(done.part_of(number), shards[number], advance)
-                done.finish(number, {part.name: job.kept.pop(part.name, None) for part in shards[number]})
+        done.begin()
+        try:
+            with counting("merging", done.missing_bytes) as advance:
+                for number in done.missing():
+                    write_shard(done.part_of(number), shards[number], advance)
+                    done.finish(number, {part.name: job.kept.pop(part.name, None) for part in shards[number]})
+        except ModelError:  # it would be raised again: what was made is of no use
+            empty(folder)
+            raise
         _write_config(skeleton, weights.files[0].parent, folder, settings, tied=not job.untied)
         return done.kept()
 
@@ -95,11 +100,13 @@ class _Done:
         if len(shards) > 1:
             self.names = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
         if self._plan() != identity:
-            for file in folder.iterdir():
-                if file.name == LOCK:
-                    continue
-                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
-            write_text(folder / PLAN, identity)
+            empty(folder)
+        self.identity = identity
+
+    def begin(self) -> None:
+        """Raise RunError where there is no room for what is missing; else say what is made here."""
+        need_space(self.folder, self.missing_bytes, "the merged model")
+        write_text(self.folder / PLAN, self.identity)
 
     def _plan(self) -> str | None:
         with contextlib.suppress(OSError, ValueError):

@@ -34,9 +34,9 @@ class Kept:
         self.beside += float(torch.dot(gone, gone))
 
     @property
-    def kept(self) -> float:
-        """1 of an update that is nothing."""
-        return self.along / self.update if self.update else 1.0
+    def kept(self) -> float | None:
+        """None of an update that is nothing."""
+        return self.along / self.update if self.update else None
 
     @property
     def error(self) -> float:

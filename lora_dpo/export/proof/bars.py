@@ -51,12 +51,22 @@ def bars_for(compared: bool, exact: bool = True) -> dict[str, float]:
     return dict(WEIGHTS) | ({} if not compared else EXACT if exact else ROUGH)
 
 
+NOTHING = "the adapter changes nothing: its update is 0 in every weight, so that what is stored is the base"
+
+
+def changes_nothing(weights: Mapping[str, Any] | None) -> bool:
+    """Whether there was an update to keep, by what a merge measured."""
+    return weights is not None and weights["kept"] is None
+
+
 def missed(
     bars: Mapping[str, float], weights: Mapping[str, Any] | None, found: Comparison | None
 ) -> list[str]:
     """Each bar that was missed, in words; what was not measured misses none."""
     lines = []
-    if weights is not None and UPDATE_KEPT in bars and not weights["kept"] >= bars[UPDATE_KEPT]:
+    if changes_nothing(weights):
+        lines.append(NOTHING)
+    elif weights is not None and UPDATE_KEPT in bars and not weights["kept"] >= bars[UPDATE_KEPT]:
         lines.append(f"the weights kept {weights['kept']:.3f} of the update; the bar is {bars[UPDATE_KEPT]}")
     if found is None:
         return lines

@@ -64,6 +64,7 @@ def prove(
     base: Literal["dequantized", "original"] = "dequantized",
     weights: dict[str, Any] | None = None,
     data: str | None = None,
+    rows: Rows | str | None = None,
     examples: int = EXAMPLES,
     accept: bool = False,
     display: Display | None = None,
@@ -72,14 +73,15 @@ def prove(
 
     dtype: what the weights are stored in. base: whose weights a merge added the update to. weights: what the
     merge measured of the stored weights. data: rows to compare on instead of those that the run held out.
-    examples: how many of them, evenly spread. Merged models and adapters are reloaded; the other kinds are
-    not models that can be asked here. Raises DataError or RunError where rows that were named can't be used,
-    ModelError where the export can't be loaded.
+    rows: what `rows_for` gave of them, where they were read before. examples: how many, evenly spread.
+    Merged models and adapters are reloaded; the other kinds are not models that can be asked here. Raises
+    DataError or RunError where rows that were named can't be used, ModelError where the export can't be
+    loaded.
     """
     display = display or Display(quiet=True)
     give_back_memory()  # what a merge kept for reuse is free too
     report = Report(kind, dtype, base, weights, accept=accept)
-    rows = rows_for(source, kind, data, examples, display)
+    rows = rows_for(source, kind, data, examples, display) if rows is None else rows
     made = plan_of(source, folder, kind, dtype, rows) if isinstance(rows, Rows) else rows
     if isinstance(rows, str) or not isinstance(made, Plan):
         report = replace(report, not_compared=made if isinstance(made, str) else made.said)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lora_dpo.evaluation import Interval
-from lora_dpo.export.proof.bars import bars_for, missed
+from lora_dpo.export.proof.bars import bars_for, changes_nothing, missed
 from lora_dpo.export.proof.comparing import Comparison
 from lora_dpo.run_directory import write_text
 
@@ -53,7 +53,7 @@ class Report:
     """An export's proof.
 
     base: whose weights a merge added the update to. weights: what the merge measured, {"kept", "error",
-    "layers"}. pairs: base + adapter beside the exported. stored:
+    "layers"}; "kept" is None where the update is 0. pairs: base + adapter beside the exported. stored:
     with base="original", the original base + adapter beside the exported, which shows what storing lost.
     not_compared: why there are no pairs. notes: what else a reader should know. accept: the user takes what
     misses the bars.
@@ -157,13 +157,19 @@ def describe(report: Report) -> list[str]:
     if report.failed:
         lines.append("accepted all the same (--accept)" if report.accept else advice(report))
     elif report.passed:
-        lines.append("passed: the exported model is what was trained, within the bars")
+        original = "original base + adapter, within the bars: another function than the one that was trained"
+        what = original if report.base == "original" else "what was trained, within the bars"
+        lines.append(f"passed: the exported model is {what}")
+    elif report.kind == "merged":
+        lines.append("neither passed nor failed: only the weights were measured, not what the model says")
     return lines
 
 
 def advice(report: Report) -> str:
     """What to try where a bar was missed."""
-    if report.kind == "merged" and report.dtype == "bfloat16":
+    if changes_nothing(report.weights):
+        other = "look whether its lora_alpha or its B factors are 0, and whether it was trained at all"
+    elif report.kind == "merged" and report.dtype == "bfloat16":
         other = "--dtype float16 or float32 keeps more of a small update"
     elif report.kind == "merged" and report.dtype == "float16":
         other = "--dtype float32 keeps more of a small update"
@@ -173,8 +179,11 @@ def advice(report: Report) -> str:
 
 
 def _weights_lines(weights: Mapping[str, Any]) -> list[str]:
+    if changes_nothing(weights):
+        return []  # among what was missed
     text = f"update kept by the weights  {weights['kept']:.4f}, error {weights['error']:.4f} of the update"
-    layers = sorted(weights.get("layers") or (), key=lambda layer: layer["kept"])
+    changed = [layer for layer in weights.get("layers") or () if layer["kept"] is not None]
+    layers = sorted(changed, key=lambda layer: layer["kept"])
     if layers:
         text += f"; least in {layers[0]['name']}: {layers[0]['kept']:.4f}"
     return [text]

@@ -45,6 +45,8 @@ def rows_for(source: Trained, kind: Kind, data: str | None, examples: int, displ
     try:
         rows = held_out(source, data, display)
     except DataError as error:
+        if data is not None and source.recipe is None:
+            raise DataError(f"{error}; an adapter without its run is compared on pairs") from error
         if data is not None:
             raise
         return f"the run's held-out rows can't be read: {error} (--data FILE gives others)"

@@ -131,5 +131,6 @@ def test_ctrl_c_ends_with_status_130_and_says_how_to_go_on(script: Path, tmp_pat
     assert process.returncode == 130, errors
     assert "--resume" in errors
     assert "Traceback" not in errors
-    steps = metrics.read_text().count("\n")
-    assert (tmp_path / "run" / "checkpoints" / f"step-{steps:06d}").is_dir()
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    assert last["kind"] == "step"
+    assert (tmp_path / "run" / "checkpoints" / f"step-{last['step']:06d}").is_dir()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from nursery import Nursery
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lora_dpo.errors import DataError, RecipeError, RunError
@@ -35,6 +36,7 @@ from lora_dpo.recipe import (
     to_dict,
     to_yaml,
 )
+from lora_dpo.reward import RewardModel, train_reward
 from lora_dpo.rounds import LoopDirectory, run_rounds, stages
 from lora_dpo.rounds.policies import recipe_of_round
 from lora_dpo.rounds.prompts import prompts_of_round
@@ -156,38 +158,63 @@ def test_fresh_adapters_and_earlier_pairs_run(loop_recipe: IterativeRecipe):
     assert recorded.reference.adapter == str(loop.round(1).run.adapter_folder)
 
 
-def test_one_base_is_in_memory_in_every_stage(loop_recipe: IterativeRecipe, monkeypatch: pytest.MonkeyPatch):
-    """Parameters of all models alive ≤ base + adapters + heads, whenever a stage ends."""
-    base = load_model(loop_recipe.base)
-    bytes_of_base = sum(p.nbytes for p in base.network.parameters())
+def models_alive() -> list[PreTrainedModel]:
+    gc.collect()
+    return [item for item in gc.get_objects() if issubclass(type(item), PreTrainedModel)]
+
+
+@pytest.mark.parametrize("judged_by", ["a function", "a reward model"])
+def test_one_base_is_in_memory_in_every_stage(
+    loop_recipe: IterativeRecipe,
+    recipe: Recipe,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    judged_by: str,
+):
+    """Parameters of all models alive ≤ base + adapters + heads, while a stage runs and when it ends."""
     adapter = load_model(loop_recipe.base, loop_recipe.adapter)
     bytes_of_adapter = sum(p.nbytes for p in adapter.trainable.values())
-    del base, adapter
-    gc.collect()
+    bytes_of_base = sum(p.nbytes for p in adapter.network.parameters()) - bytes_of_adapter
+    bytes_of_reward = 0
+    del adapter
+    if judged_by == "a reward model":
+        trained = train_reward(
+            dataclasses.replace(recipe, adapter=Adapter(rank=8), run_directory=str(tmp_path / "reward")),
+            quiet=True,
+        )
+        saved = load_file(trained.adapter_folder / "adapter_model.safetensors")
+        assert any(name.endswith("score.weight") for name in saved)
+        bytes_of_reward = sum(tensor.nbytes for tensor in saved.values())
+        loop_recipe = dataclasses.replace(loop_recipe, judge=Judge(f"reward:{trained.path}"))
+    others = {id(model) for model in models_alive()}  # those that other tests keep
     seen: list[tuple[str, int, int]] = []
 
-    def watched(name: str):
-        real = getattr(stages, name)
+    def look(name: str) -> None:
+        models = [model for model in models_alive() if id(model) not in others]
+        owners = [model for model in models if hasattr(model, "lm_head")]
+        unique = {id(p): p.nbytes for model in models for p in model.parameters()}
+        seen.append((name, len(owners), sum(unique.values())))
 
-        def stage(loop, *arguments, **options):
-            done = real(loop, *arguments, **options)
-            gc.collect()
-            models = [item for item in gc.get_objects() if issubclass(type(item), PreTrainedModel)]
-            owners = [m for m in models if hasattr(m, "lm_head")]
-            unique = {id(p): p.nbytes for m in models for p in m.parameters()}
-            seen.append((name, len(owners), sum(unique.values())))
+    def watched(module, name: str) -> None:
+        real = getattr(module, name)
+
+        def stage(*arguments, **options):
+            done = real(*arguments, **options)
+            look(name)
             return done
 
-        monkeypatch.setattr(stages, name, stage)
+        monkeypatch.setattr(module, name, stage)
 
     for name in ("sample_stage", "judge_stage", "train_stage"):
-        watched(name)
+        watched(stages, name)
+    watched(RewardModel, "rewards")
     run_rounds(loop_recipe, quiet=True)
-    assert {name for name, _, _ in seen} == {"sample_stage", "judge_stage", "train_stage"}
+    assert {name for name, _, _ in seen} >= {"sample_stage", "judge_stage", "train_stage"}
+    assert ("rewards" in {name for name, _, _ in seen}) == (judged_by == "a reward model")
     for name, models, held in seen:
         assert models == 1, name
-        # Policy, its reference and a reward model at most.
-        assert held <= bytes_of_base + 2 * bytes_of_adapter, name
+        # The policy, its reference, and the reward model with its head, at most.
+        assert held <= bytes_of_base + 2 * bytes_of_adapter + bytes_of_reward, name
 
 
 def test_the_base_is_loaded_once(loop_recipe: IterativeRecipe, monkeypatch: pytest.MonkeyPatch):

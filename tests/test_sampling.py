@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +10,13 @@ import torch
 from builders import build, float64_throughout, llama_config, small_tokenizer, with_random_adapter
 from test_architectures import ARCHITECTURES
 
-from lora_dpo.errors import ModelError, RecipeError, RunError
+from lora_dpo.errors import RecipeError, RunError
 from lora_dpo.model import Model, add_adapter, as_base, generating
 from lora_dpo.probe import Verdict
 from lora_dpo.probe import verdict as probing
 from lora_dpo.probe.small import small_models
-from lora_dpo.recipe import Adapter, Base, Sampling
-from lora_dpo.sampling import VLLM, Response, greedy, prompt_key, responses, sample, vllm
+from lora_dpo.recipe import Adapter, Sampling
+from lora_dpo.sampling import Response, greedy, prompt_key, responses, sample
 from lora_dpo.sampling.choosing import NOT_A_NUMBER, Chooser, inverse, never_drawn, nucleus
 from lora_dpo.sampling.noise import philox, uniforms
 from lora_dpo.sampling.own_cache import Again, OwnCache
@@ -375,78 +373,3 @@ def test_settings_that_make_no_sense_are_refused_by_key(key: str):
     name, _, value = key.partition("=")
     with pytest.raises(RecipeError, match=rf"sampling\.{name} got"):
         Sampling(**{name: value})  # pyright: ignore[reportArgumentType]
-
-
-# vLLM
-
-
-class FakeVLLM:
-    """What of vLLM is used: it "answers" with tokens that depend on the request's seed alone."""
-
-    def __init__(self) -> None:
-        self.made: list[dict[str, Any]] = []
-        self.requests: list[Any] = []
-        self.SamplingParams = SimpleNamespace
-        self.lora = SimpleNamespace(request=SimpleNamespace(LoRARequest=lambda *words: words))
-
-    def LLM(self, **options: Any) -> FakeVLLM:  # noqa: N802
-        self.made.append(options)
-        return self
-
-    def generate(self, prompts: Any, parameters: Any, *, use_tqdm: bool, lora_request: Any = None) -> Any:
-        self.requests += [(p, how, lora_request) for p, how in zip(prompts, parameters, strict=True)]
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=self.answer(h))]) for h in parameters]
-
-    def answer(self, how: Any) -> tuple[int, ...]:
-        ids = np.random.default_rng(how.seed).integers(0, 6, how.max_tokens).tolist()
-        ends = [n for n, token in enumerate(ids) if token in how.stop_token_ids]
-        return tuple(ids[: ends[0] + 1] if ends else ids)
-
-
-@pytest.fixture
-def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
-    fake = FakeVLLM()
-    modules = {"vllm": fake, "vllm.lora": fake.lora, "vllm.lora.request": fake.lora.request}
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return fake
-
-
-def test_vllm_is_asked_for_the_same_and_gives_the_same_types(fake_vllm: FakeVLLM, monkeypatch):
-    monkeypatch.setattr(vllm, "PROMPTS_AT_ONCE", 2)
-    model = VLLM(Base("org/model"), "folder", rank=8, tokens=20, ids=5)
-    prompts, told = prompts_of(7, 15, 9), []
-    wanted = settings(temperature=0.7, top_p=0.9)
-    made = sample(
-        model, prompts, wanted, stop_ids=[2], keys=["a", "b", "c"], done=lambda n, row: told.append((n, row))
-    )
-    assert told == list(enumerate(made)) and [len(row) for row in made] == [3, 3, 3]
-    [options] = fake_vllm.made
-    assert options["model"] == "org/model" and options["quantization"] == "bitsandbytes"
-    assert (options["enable_lora"], options["max_lora_rank"]) == (True, 8)
-    for place, (prompt, how, lora) in enumerate(fake_vllm.requests):
-        n, k = divmod(place, 3)
-        assert prompt == {"prompt_token_ids": prompts[n]} and lora == ("policy", 1, "folder")
-        assert (how.temperature, how.top_p, how.stop_token_ids) == (0.7, 0.9, [2])
-        assert how.max_tokens == min(12, 20 - len(prompts[n])) and how.allowed_token_ids == [0, 1, 2, 3, 4]
-        ids = list(fake_vllm.answer(how))
-        assert made[n][k] == (Response(ids[:-1], True) if ids[-1] == 2 else Response(ids, False))
-    assert {r.finished for row in made for r in row} == {True, False}
-    assert len({how.seed for _, how, _ in fake_vllm.requests}) == 9
-    alone = sample(model, prompts, wanted, stop_ids=[2], keys=["a", "b", "c"], known={0, 2})
-    assert alone == [[], made[1], []]
-    assert sample(model, prompts[:1], settings(), stop_ids=[2], role="base") and len(fake_vllm.made) == 1
-    assert fake_vllm.requests[-1][2] is None
-
-
-def test_what_vllm_cannot_do_is_refused(monkeypatch):
-    model = VLLM(Base("org/model"), tokens=20)
-    with pytest.raises(ModelError, match="no adapter"):
-        sample(model, [[3]], settings(), stop_ids=[2])
-    with pytest.raises(ModelError, match="not as reference"):
-        sample(model, [[3]], settings(), stop_ids=[2], role="reference")
-    with pytest.raises(RunError, match=r"prompt 1 \(\w{16}\) has 20 tokens"):
-        sample(model, [[3] * 20], settings(), stop_ids=[2], role="base")
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ModelError, match=r"pip install 'lora-dpo\[vllm\]'"):
-        sample(model, [[3]], settings(), stop_ids=[2], role="base")

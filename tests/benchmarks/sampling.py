@@ -2,10 +2,10 @@
 
     python tests/benchmarks/sampling.py [--models chat-10m,random-40m] [--prompts 8] [--repeats 3]
 
-Both draw K=8 responses of exactly 64 tokens (nothing stops) to the same random prompts of 512 tokens, from the
-same model in memory: its base in NF4 with a LoRA adapter of rank 16 on, its own attention (SDPA) and key-value
-cache for generate, the same dtype, temperature 1, top-p as given. generate is timed at several batch sizes, and
-its best one counts; lora_dpo both as it chooses for itself and with one prompt at a time. The repeats are
+Both draw K=8 responses of exactly 64 tokens (nothing stops) to the same random prompts of 512 tokens, from
+the same model in memory: its base in NF4 with a LoRA adapter of rank 16 on; for generate its own attention
+(SDPA) and key-value cache, the same dtype, temperature and top-p. generate is timed at several batch sizes,
+and its best one counts; lora_dpo as it chooses for itself, and with one prompt at a time. The repeats are
 interleaved, one of each in turn, after one of each to warm up, and medians are taken.
 
 Columns: the model, who draws, prompts at a time, seconds (median), tokens of responses a second, and that
@@ -148,8 +148,8 @@ def main() -> None:
         best = max(tokens / statistics.median(s) for who, _, s, tokens in measured if who == "generate")
         for who, width, seconds, tokens in measured:
             middle = statistics.median(seconds)
-            rows.append({"model": name, "who": who, "prompts at a time": width, "s": middle}
-                        | {"tokens/s": tokens / middle, "× generate's best": tokens / middle / best})  # fmt: skip
+            rates = {"s": middle, "tokens/s": tokens / middle, "× generate's best": tokens / middle / best}
+            rows.append({"model": name, "who": who, "prompts at a time": width, **rates})
         print_table([row for row in rows if row["model"] == name])
     write_json(options.json, {"conditions": found, "rows": rows})
 

@@ -12,15 +12,16 @@ from lora_dpo.model import (
     Model,
     check_early,
     load_adapter,
+    load_config,
     load_model,
     load_tokenizer,
     read_record,
     record_notes,
 )
 from lora_dpo.preferences import Prompt, describe_skipped, load_prompts
-from lora_dpo.recipe import Data, Recipe, load_recipe, sampling_of
+from lora_dpo.recipe import Data, Recipe, Sampling, load_recipe, sampling_of
 from lora_dpo.run_directory import RunDirectory
-from lora_dpo.sampling import Counts, Role, sample_to_file, sampler_id
+from lora_dpo.sampling import VLLM, Counts, Role, sample_to_file, sampler_id, vllm_never
 from lora_dpo.tokenization import ChatTokenizer
 from lora_dpo.training import Display, chat_tokenizer
 
@@ -29,8 +30,7 @@ from lora_dpo.training import Display, chat_tokenizer
 class Speaker:
     """Who answers. role: the run's policy, or the base."""
 
-    recipe: Recipe
-    model: Model
+    model: Model | VLLM
     chat: ChatTokenizer
     role: Role
 
@@ -43,17 +43,20 @@ def answer_prompts(
     words: Sequence[str] = (),
     limit: int | None = None,
     base_only: bool = False,
+    vllm: bool = False,
     display: Display,
 ) -> Counts:
     """`sample_to_file` for a run directory or a recipe file.
 
     prompts: rows with a prompt, as data.train names rows. words: "key=value", of the sampling or (with a dot)
-    of the recipe. Raises UserError before the base is loaded where keys or rows are wrong.
+    of the recipe. vllm: it draws, in place of the model in memory. Raises UserError before the base is loaded
+    where keys or rows are wrong.
     """
     recipe, adapter = _recipe_of(source, [w for w in words if not _of_sampling(w)], base_only)
     settings = sampling_of([w for w in words if _of_sampling(w)])
     records = _prompts(recipe.data, prompts, limit, recipe.training.seed, display)
-    speaker = _load(recipe, adapter, display)
+    longest = recipe.data.max_prompt_tokens or recipe.data.max_tokens
+    speaker = _speaker(recipe, adapter, settings if vllm else None, longest, display)
     stop_ids = speaker.chat.end_of_turn_ids
     if not stop_ids:
         display.say("the tokenizer has no end-of-turn: every response runs to sampling.max_new_tokens")
@@ -63,10 +66,10 @@ def answer_prompts(
         records,
         settings,
         output,
-        sampler=sampler_id(speaker.model, settings, stop_ids, role=speaker.role),
+        sampler=_sampler_id(speaker, settings),
         role=speaker.role,
         display=display,
-        longest=recipe.data.max_prompt_tokens or recipe.data.max_tokens,
+        longest=longest,
     )
 
 
@@ -93,13 +96,35 @@ def _prompts(data: Data, source: str, limit: int | None, seed: int, display: Dis
     return loaded.train
 
 
-def _load(recipe: Recipe, adapter: Path | None, display: Display) -> Speaker:
-    chat = chat_tokenizer(load_tokenizer(recipe.base), recipe.data)
-    if adapter is None:
-        return Speaker(recipe, load_model(recipe.base), chat, "base")
-    check_early(recipe.base, str(adapter), "the adapter")
-    model = load_adapter(load_model(recipe.base), str(adapter))
-    notes = record_notes(read_record(adapter), recipe.base, chat.chat_template, f"the adapter in {adapter}")
-    for line in notes:
-        display.say(line)
-    return Speaker(recipe, model, chat, "policy")
+def _speaker(
+    recipe: Recipe, adapter: Path | None, by_vllm: Sampling | None, longest: int | None, display: Display
+) -> Speaker:
+    """by_vllm: what vLLM has to make room for; None loads the model into this process."""
+    tokenizer = load_tokenizer(recipe.base)
+    chat = chat_tokenizer(tokenizer, recipe.data)
+    role: Role = "base" if adapter is None else "policy"
+    if adapter is not None:
+        check_early(recipe.base, str(adapter), "the adapter")
+    if by_vllm is not None:
+        head = load_config(recipe.base).get_text_config()
+        never = vllm_never(tokenizer, head.vocab_size, chat.end_of_turn_ids)
+        room = None if longest is None else longest + by_vllm.max_new_tokens
+        context = getattr(head, "max_position_embeddings", None)
+        tokens = min((size for size in (context, room) if size is not None), default=VLLM.tokens)
+        model = VLLM(recipe.base, None if adapter is None else str(adapter), tokens=tokens, never=never)
+    elif adapter is None:
+        return Speaker(load_model(recipe.base), chat, role)
+    else:
+        model = load_adapter(load_model(recipe.base), str(adapter))
+    if adapter is not None:
+        record = read_record(adapter)
+        for line in record_notes(record, recipe.base, chat.chat_template, f"the adapter in {adapter}"):
+            display.say(line)
+    return Speaker(model, chat, role)
+
+
+def _sampler_id(speaker: Speaker, settings: Sampling) -> str:
+    model, stop_ids = speaker.model, speaker.chat.end_of_turn_ids
+    if isinstance(model, VLLM):
+        return model.sampler_id(settings, stop_ids, role=speaker.role)
+    return sampler_id(model, settings, stop_ids, role=speaker.role)

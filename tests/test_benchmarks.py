@@ -27,7 +27,9 @@ from lora_dpo import ChatTokenizer
 from lora_dpo.preferences import Message, Preference, Where
 
 
-@pytest.mark.parametrize("name", ["compare_trl", "scaling", "roofline", "merge_dtypes", "reward_accuracy"])
+@pytest.mark.parametrize(
+    "name", ["compare_trl", "scaling", "roofline", "merge_dtypes", "reward_accuracy", "sampling"]
+)
 def test_the_scripts_start(name: str, monkeypatch, capsys):
     script = importlib.import_module(name)
     monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,13 +10,13 @@ import torch
 from builders import build, float64_throughout, llama_config, small_tokenizer, with_random_adapter
 from test_architectures import ARCHITECTURES
 
-from lora_dpo.errors import ModelError, RecipeError, RunError
-from lora_dpo.model import Model, add_adapter, as_base, generating
+from lora_dpo.errors import RecipeError, RunError
+from lora_dpo.model import Model, add_adapter, generating
 from lora_dpo.probe import Verdict
 from lora_dpo.probe import verdict as probing
 from lora_dpo.probe.small import small_models
-from lora_dpo.recipe import Adapter, Base, Sampling
-from lora_dpo.sampling import VLLM, Response, greedy, prompt_key, responses, sample, vllm
+from lora_dpo.recipe import Adapter, Sampling
+from lora_dpo.sampling import ROLES, Response, greedy, prompt_key, responses, sample
 from lora_dpo.sampling.choosing import NOT_A_NUMBER, Chooser, inverse, never_drawn, nucleus
 from lora_dpo.sampling.noise import philox, uniforms
 from lora_dpo.sampling.own_cache import Again, OwnCache
@@ -204,24 +202,121 @@ def test_nearly_no_temperature_is_greedy(model: Model):
             assert [r.ids for r in row] == [ids] * 3
 
 
-def test_a_response_is_drawn_token_by_token_from_the_models_own_distribution(model: Model):
+def plainly(model: Model, prompt: list[int], k: int, how: Sampling, stops: Any, role: str) -> Response:
+    """The k-th response, each token from a forward pass over everything before, without a cache."""
+    choose = Chooser(how.temperature, how.top_p)
+    noise = torch.from_numpy(uniforms(how.seed, [prompt_key(prompt)], [k], how.max_new_tokens))[0]
+    ids = list(prompt)
+    for t in range(how.max_new_tokens):
+        with generating(model), ROLES[role](model):  # pyright: ignore[reportArgumentType]
+            logits = model.causal(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1:]
+        token = int(choose(logits, noise[t : t + 1]))
+        if token in stops:
+            return Response(ids[len(prompt) :], True)
+        ids.append(token)
+    return Response(ids[len(prompt) :], False)
+
+
+EDGES = {
+    "usual": ((6, 11), {"temperature": 0.8, "top_p": 0.9}),
+    "prompts of one token": ((1, 1, 4), {}),
+    "very different lengths": ((1, 300, 2, 80), {"max_new_tokens": 5}),
+    "one response": ((9, 4, 17), {"responses": 1}),
+    "one token": ((9, 1, 17), {"max_new_tokens": 1}),
+    "one prompt, one response, one token": ((1,), {"responses": 1, "max_new_tokens": 1}),
+    "nearly no top-p": ((9, 5), {"top_p": 1e-9}),
+    "nearly no temperature": ((9, 5), {"temperature": 1e-300}),
+    "a high temperature": ((9, 5), {"temperature": 50.0, "top_p": 0.5}),
+    "more tokens than there is room for at first": ((3, 40), {"responses": 2, "max_new_tokens": 70}),
+}
+
+
+@pytest.mark.parametrize("role", ["policy", "base"])
+@pytest.mark.parametrize("name", EDGES)
+def test_a_response_is_drawn_token_by_token_from_the_models_own_distribution(
+    model: Model, name: str, role: Any
+):
     """Each token again, from a plain forward pass over prompt and response."""
-    prompts = prompts_of(6, 11)
-    drawn = sample(model, prompts, settings(temperature=0.8, top_p=0.9), stop_ids=[STOP], role="base")
-    choose = Chooser(0.8, 0.9)
+    lengths, changes = EDGES[name]
+    prompts, how = prompts_of(*lengths), settings(**changes)
+    drawn = sample(model, prompts, how, stop_ids=[STOP], role=role)
     for prompt, row in zip(prompts, drawn, strict=True):
-        for k, response in enumerate(row):
-            noise = torch.from_numpy(uniforms(0, [prompt_key(prompt)], [k], 12))[0]
-            ids, token = list(prompt), -1
-            for t in range(12):
-                with generating(model), as_base(model):
-                    logits = model.causal(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1:]
-                token = int(choose(logits, noise[t : t + 1]))
-                if token == STOP:
-                    break
-                assert token == response.ids[t]
-                ids.append(token)
-            assert response == Response(ids[len(prompt) :], token == STOP)
+        assert len(row) == how.responses
+        for k, response in enumerate(row[:2]):
+            assert response == plainly(model, prompt, k, how, [STOP], role)
+
+
+@pytest.mark.parametrize("changes", [{"top_p": 1e-9}, {"temperature": 1e-300}])
+def test_nearly_no_top_p_or_temperature_leaves_the_likeliest_token(model: Model, changes: Any):
+    prompts = prompts_of(1, 14, 3)
+    expected = greedy(model, prompts, stop_ids=[STOP], max_new_tokens=12)
+    drawn = sample(model, prompts, settings(**changes), stop_ids=[STOP])
+    assert [[r.ids for r in row] for row in drawn] == [[ids] * 3 for ids in expected]
+
+
+@pytest.mark.parametrize("name", ["mistral, window", "gpt2", "gpt_oss, sinks", "falcon, rotary", "bamba"])
+def test_other_architectures_answer_alike_however_they_are_asked(name: str):
+    """Prompts longer and shorter than the window, in waves of many and of one, in any order, and resumed."""
+    way, config = ARCHITECTURES[name]
+    with float64_throughout(), probing._quiet():
+        torch.manual_seed(0)
+        model = model_around(next(small_models(config())), way)
+        prompts, how = prompts_of(7, 25, 1, 7, 12), settings(responses=2, max_new_tokens=6)
+        together = sample(model, prompts, how, stop_ids=[STOP])
+        alone = sample(model, prompts, settings(**vars(how) | {"tokens_in_cache": 1}), stop_ids=[STOP])
+        order = [3, 0, 4, 2, 1]
+        shuffled = sample(model, [prompts[n] for n in order], how, stop_ids=[STOP])
+        rest = sample(model, prompts, how, stop_ids=[STOP], known={1, 3})
+        assert together == alone
+        assert [together[n] for n in order] == shuffled
+        assert rest == [[] if n in (1, 3) else row for n, row in enumerate(together)]
+        for n in (1, 2):
+            assert together[n][1] == plainly(model, prompts[n], 1, how, [STOP], "policy")
+
+
+def states(model: Model) -> Any:
+    """What sampling must leave as it was."""
+    return (
+        torch.random.get_rng_state().tolist(),
+        [module.training for module in model.causal.modules()],
+        [(name, p.requires_grad) for name, p in model.causal.named_parameters()],
+        model.causal.config._attn_implementation,
+        [getattr(module, "active_adapters", None) for module in model.causal.modules()],
+        [getattr(module, "disable_adapters", None) for module in model.causal.modules()],
+        torch.is_grad_enabled(),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_sampling_leaves_the_model_and_torchs_random_state_as_they_were(training: bool):
+    """In every role, and where what is told of a prompt raises."""
+    model = model_of()
+    model.causal.train(training)
+    torch.manual_seed(4)
+    before = states(model)
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no space left")
+
+    for role in ("policy", "base", "reference", "policy"):
+        sample(model, prompts_of(5, 9), settings(), stop_ids=[STOP], role=role)
+        assert states(model) == before
+        with pytest.raises(OSError, match="no space"):
+            sample(model, prompts_of(5), settings(), stop_ids=[STOP], role=role, done=refuse)
+        assert states(model) == before
+
+
+def test_a_window_or_chunks_reach_no_further_in_long_responses():
+    """Responses that leave the whole prompt behind the window."""
+    for name in ("mistral, window", "llama4_text, chunks"):
+        way, config = ARCHITECTURES[name]
+        with float64_throughout(), probing._quiet():
+            torch.manual_seed(0)
+            model = model_around(next(small_models(config())), way)
+            how = settings(responses=2, max_new_tokens=28)  # their context is 32
+            prompts = prompts_of(3, 3, 2)
+            for prompt, row in zip(prompts, sample(model, prompts, how, stop_ids=[]), strict=True):
+                assert row[1] == plainly(model, prompt, 1, how, [], "policy")
 
 
 def test_stop_tokens_end_a_response_and_are_left_out(model: Model):
@@ -313,13 +408,6 @@ def test_each_prompt_is_told_once_when_it_is_done(model: Model):
     assert all(made[n] == row for n, row in told)
 
 
-def test_torchs_random_state_stays_as_it_was(model: Model):
-    torch.manual_seed(4)
-    before = torch.random.get_rng_state()
-    sample(model, prompts_of(5), settings(), stop_ids=[STOP])
-    assert torch.equal(before, torch.random.get_rng_state())
-
-
 def test_a_prompt_that_leaves_no_room_is_named(model: Model):
     small = model_of(llama_config(max_position_embeddings=16))
     made = sample(small, prompts_of(14, 6), settings(), stop_ids=[])
@@ -375,78 +463,3 @@ def test_settings_that_make_no_sense_are_refused_by_key(key: str):
     name, _, value = key.partition("=")
     with pytest.raises(RecipeError, match=rf"sampling\.{name} got"):
         Sampling(**{name: value})  # pyright: ignore[reportArgumentType]
-
-
-# vLLM
-
-
-class FakeVLLM:
-    """What of vLLM is used: it "answers" with tokens that depend on the request's seed alone."""
-
-    def __init__(self) -> None:
-        self.made: list[dict[str, Any]] = []
-        self.requests: list[Any] = []
-        self.SamplingParams = SimpleNamespace
-        self.lora = SimpleNamespace(request=SimpleNamespace(LoRARequest=lambda *words: words))
-
-    def LLM(self, **options: Any) -> FakeVLLM:  # noqa: N802
-        self.made.append(options)
-        return self
-
-    def generate(self, prompts: Any, parameters: Any, *, use_tqdm: bool, lora_request: Any = None) -> Any:
-        self.requests += [(p, how, lora_request) for p, how in zip(prompts, parameters, strict=True)]
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=self.answer(h))]) for h in parameters]
-
-    def answer(self, how: Any) -> tuple[int, ...]:
-        ids = np.random.default_rng(how.seed).integers(0, 6, how.max_tokens).tolist()
-        ends = [n for n, token in enumerate(ids) if token in how.stop_token_ids]
-        return tuple(ids[: ends[0] + 1] if ends else ids)
-
-
-@pytest.fixture
-def fake_vllm(monkeypatch: pytest.MonkeyPatch) -> FakeVLLM:
-    fake = FakeVLLM()
-    modules = {"vllm": fake, "vllm.lora": fake.lora, "vllm.lora.request": fake.lora.request}
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    return fake
-
-
-def test_vllm_is_asked_for_the_same_and_gives_the_same_types(fake_vllm: FakeVLLM, monkeypatch):
-    monkeypatch.setattr(vllm, "PROMPTS_AT_ONCE", 2)
-    model = VLLM(Base("org/model"), "folder", rank=8, tokens=20, ids=5)
-    prompts, told = prompts_of(7, 15, 9), []
-    wanted = settings(temperature=0.7, top_p=0.9)
-    made = sample(
-        model, prompts, wanted, stop_ids=[2], keys=["a", "b", "c"], done=lambda n, row: told.append((n, row))
-    )
-    assert told == list(enumerate(made)) and [len(row) for row in made] == [3, 3, 3]
-    [options] = fake_vllm.made
-    assert options["model"] == "org/model" and options["quantization"] == "bitsandbytes"
-    assert (options["enable_lora"], options["max_lora_rank"]) == (True, 8)
-    for place, (prompt, how, lora) in enumerate(fake_vllm.requests):
-        n, k = divmod(place, 3)
-        assert prompt == {"prompt_token_ids": prompts[n]} and lora == ("policy", 1, "folder")
-        assert (how.temperature, how.top_p, how.stop_token_ids) == (0.7, 0.9, [2])
-        assert how.max_tokens == min(12, 20 - len(prompts[n])) and how.allowed_token_ids == [0, 1, 2, 3, 4]
-        ids = list(fake_vllm.answer(how))
-        assert made[n][k] == (Response(ids[:-1], True) if ids[-1] == 2 else Response(ids, False))
-    assert {r.finished for row in made for r in row} == {True, False}
-    assert len({how.seed for _, how, _ in fake_vllm.requests}) == 9
-    alone = sample(model, prompts, wanted, stop_ids=[2], keys=["a", "b", "c"], known={0, 2})
-    assert alone == [[], made[1], []]
-    assert sample(model, prompts[:1], settings(), stop_ids=[2], role="base") and len(fake_vllm.made) == 1
-    assert fake_vllm.requests[-1][2] is None
-
-
-def test_what_vllm_cannot_do_is_refused(monkeypatch):
-    model = VLLM(Base("org/model"), tokens=20)
-    with pytest.raises(ModelError, match="no adapter"):
-        sample(model, [[3]], settings(), stop_ids=[2])
-    with pytest.raises(ModelError, match="not as reference"):
-        sample(model, [[3]], settings(), stop_ids=[2], role="reference")
-    with pytest.raises(RunError, match=r"prompt 1 \(\w{16}\) has 20 tokens"):
-        sample(model, [[3] * 20], settings(), stop_ids=[2], role="base")
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    with pytest.raises(ModelError, match=r"pip install 'lora-dpo\[vllm\]'"):
-        sample(model, [[3]], settings(), stop_ids=[2], role="base")

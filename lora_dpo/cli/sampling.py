@@ -23,6 +23,9 @@ def sample_command(
     output: Annotated[Path, typer.Option(metavar="FILE.jsonl", help="Where the responses go.")],
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many prompts, at random.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Of a run too, let the base answer.")] = False,
+    vllm: Annotated[
+        bool, typer.Option("--vllm", help="Draw by vLLM, on a CUDA card (pip install 'lora-dpo[vllm]').")
+    ] = False,
 ) -> None:
     """Draw several responses to each prompt.
 
@@ -37,7 +40,14 @@ def sample_command(
 
     display = Display()
     counts = answer_prompts(
-        source, prompts, output, words=context.args, limit=limit, base_only=base, display=display
+        source,
+        prompts,
+        output,
+        words=context.args,
+        limit=limit,
+        base_only=base,
+        vllm=vllm,
+        display=display,
     )
     for line in described(counts):
         display.say(line)

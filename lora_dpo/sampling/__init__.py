@@ -5,7 +5,7 @@ from lora_dpo.sampling.files import Counts, sample_to_file, sampler_id
 from lora_dpo.sampling.greedy import ROLES, Role, greedy
 from lora_dpo.sampling.noise import prompt_key
 from lora_dpo.sampling.responses import sample
-from lora_dpo.sampling.vllm import VLLM
+from lora_dpo.sampling.vllm import VLLM, vllm_never
 
 __all__ = [
     "ROLES",
@@ -18,4 +18,5 @@ __all__ = [
     "sample",
     "sample_to_file",
     "sampler_id",
+    "vllm_never",
 ]

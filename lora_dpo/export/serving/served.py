@@ -16,9 +16,7 @@ from lora_dpo.model.saved import CONFIG, TENSORS
 from lora_dpo.model.stored import base_file
 from lora_dpo.model.trust import read_json
 from lora_dpo.recipe import Base
-
-VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's --max-lora-rank takes; the default is 16."""
+from lora_dpo.sampling.vllm import VLLM_RANKS
 
 TEMPLATE = "chat_template.jinja"
 ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")

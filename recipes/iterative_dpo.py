@@ -33,7 +33,7 @@ recipe = IterativeRecipe(
     sampling=Sampling(responses=8, max_new_tokens=80),
     loss=DPO(beta=0.5),
     adapter=Adapter(rank=16, alpha=32),
-    training=Training(pairs_per_step=16, epochs=1, learning_rate=2e-4, gradient_checkpointing="none"),
+    training=Training(pairs_per_step=16, epochs=1, learning_rate=4e-4, gradient_checkpointing="none"),
     rounds=Rounds(
         count=3,
         prompts=300,

@@ -21,7 +21,7 @@ from lora_dpo.model import load_model
 from lora_dpo.preferences import load_prompts
 from lora_dpo.quickstart.base import BaseSettings, cache_folder, quickstart_base, quickstart_data
 from lora_dpo.quickstart.data import satisfies
-from lora_dpo.recipe import Adapter, Data, IterativeRecipe, Pairing, Recipe, Sampling, Training
+from lora_dpo.recipe import Adapter, Data, IterativeRecipe, Recipe, Sampling, Training
 from lora_dpo.rounds import LoopDirectory, run_rounds
 from lora_dpo.run_directory import RunDirectory, write_text
 from lora_dpo.sampling import sample_to_file, sampler_id
@@ -88,7 +88,8 @@ def rule_labels(recipe: IterativeRecipe, folder: Path, display: Display, count: 
     samples, judged, pairs = (folder / f"{name}.jsonl" for name in ("samples", "judged", "pairs"))
     sample_to_file(base, chat, prompts, sampling, samples, sampler=sampler, role="base", display=display)
     judge_file(FunctionJudge(rule_reward), samples, judged, display)
-    for line in pair_file(judged, pairs, Pairing(strategy="best_random", seed=seed)).lines():
+    pairing = replace(recipe.pairing, strategy="best_random", seed=seed)
+    for line in pair_file(judged, pairs, pairing).lines():
         display.say(f"   labels: {line}")
     rows = sorted(pairs.read_text(encoding="utf-8").splitlines(keepends=True))
     Random(seed).shuffle(rows)

@@ -160,7 +160,7 @@ def test_every_pair_of_roles_with_errors_generation_and_steps_between_leaves_eac
         for role in map(str, pair):
             if n % 2:
                 with ROLES[role](model), generating(model):
-                    model.causal.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)
+                    model.causal.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)  # pyright: ignore[reportCallIssue]
             else:
                 with pytest.raises(KeyError), ROLES[role](model):
                     raise KeyError

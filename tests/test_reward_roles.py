@@ -25,6 +25,7 @@ from lora_dpo.model import (
     as_policy,
     as_reference,
     as_reward,
+    generating,
     load_adapter,
     load_model,
     put_reward,
@@ -129,6 +130,41 @@ def test_every_role_says_what_it_says_alone_after_any_order_of_switches(
     assert not same(*told), "training changed nothing, so nothing was tested"
     distinct = [expected[role][0] for role in ROLES]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(distinct, 2))
+
+
+@every_base
+def test_every_pair_of_roles_with_errors_generation_and_steps_between_leaves_each_as_it_is_alone(
+    quantization: str, dtype: str, small_model: Path, tmp_path: Path
+):
+    """All ordered pairs in random order; errors in a role, text generated in it, and steps of the policy."""
+    base = base_of(small_model, quantization, dtype)
+    reference, reward = saved(base, tmp_path / "reference", 2), saved(base, tmp_path / "r", 3, reward=True)
+    start = saved(base, tmp_path / "start", 4)
+    expected = {
+        "base": alone(base, None),
+        "reference": alone(base, reference),
+        "reward": alone(base, reward, reward=True),
+        "policy": alone(base, start),
+    }
+    model = load_model(base, Adapter(start_from=start), reference=Reference(adapter=reference))
+    model = put_reward(model, reward)
+    optimizer = torch.optim.AdamW(list(model.trainable.values()), lr=1e-2)
+    rng = np.random.default_rng(7)
+    for n, pair in enumerate(rng.permutation(list(itertools.product(ROLES, ROLES)))):
+        if n % 5 == 4:
+            step_gradient(model, DPO(), branches(), tokens_per_microbatch=100, seed=n)
+            optimizer.step()
+            save_adapter(model, tmp_path / f"step{n}")
+            before, expected["policy"] = expected["policy"], alone(base, str(tmp_path / f"step{n}"))
+            assert not same(before, expected["policy"])
+        for role in map(str, pair):
+            if n % 2:
+                with ROLES[role](model), generating(model):
+                    model.causal.generate(torch.arange(6)[None], max_new_tokens=3, do_sample=False)  # pyright: ignore[reportCallIssue]
+            else:
+                with pytest.raises(KeyError), ROLES[role](model):
+                    raise KeyError
+            assert same(spoken(model, role), expected[role]), (n, pair, role)
 
 
 @every_base

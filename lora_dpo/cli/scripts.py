@@ -82,7 +82,10 @@ def train_recipe(recipe: Recipe, resume: bool, accept: Sequence[str]) -> None:
     directory = until_stopped(train, recipe, resume, accept)
     if os.environ.get("RANK", "0") == "0":
         last_words(f"evaluate: lora-dpo eval {directory.path}", sys.stdout)
-        last_words(f"export:   lora-dpo export {directory.path} --to merged", sys.stdout)
+        kind = (
+            "adapter" if recipe.loss.needs.rewards else "merged"
+        )  # a reward model's head has no place in one
+        last_words(f"export:   lora-dpo export {directory.path} --to {kind}", sys.stdout)
 
 
 def until_stopped(job: Callable[..., Any], recipe: Recipe, resume: bool, accept: Sequence[str]) -> Any:

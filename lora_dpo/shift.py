@@ -43,8 +43,9 @@ from lora_dpo.evaluation import each_microbatch
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.losses import Objective
 from lora_dpo.model import Model, as_policy, as_reference
+from lora_dpo.preferences import Where
 from lora_dpo.recipe import Sampling, Shift
-from lora_dpo.sampling import Response, sample
+from lora_dpo.sampling import Response, drawn, sample
 from lora_dpo.tokenization import Branches
 from lora_dpo.tokenization.branches import Ids, Mask, share
 
@@ -131,17 +132,40 @@ def data_responses(item: Branches, sides: int, tokens: int) -> Branches:
 def side_by_side(item: Branches, responses: Sequence[Response], stop_ids: Sequence[int]) -> Branches:
     """The sides of an example, and samples under the prompt of its first one; nothing is tokenized again.
 
-    The token that ended a sample is scored with it: the first of `stop_ids`, where a sample doesn't know.
+    The token that ended a sample is scored with it.
     """
-    ids: list[Ids] = [item.side(n) for n in range(item.sides)]
-    scored: list[Mask] = list(item.scored)
-    prompt = item.prompt_ids
-    for response in responses:
-        end = stop_ids[:1] if response.stop is None else [response.stop]
-        own = np.array([*response.ids, *(end if response.finished else ())], dtype=np.int32)
-        ids.append(np.concatenate([prompt, own]))
-        scored.append(np.arange(len(prompt) + len(own)) >= len(prompt))
-    return share(ids, scored, item.where)
+    own, own_scored = _under(item.prompt_ids, [drawn(response, stop_ids) for response in responses])
+    ids = [*(item.side(n) for n in range(item.sides)), *own]
+    return share(ids, [*item.scored, *own_scored], item.where)
+
+
+def _under(prompt: Ids, responses: Sequence[Sequence[int]]) -> tuple[list[Ids], list[Mask]]:
+    """The ids of responses under a prompt, and which of them are scored: all of the response."""
+    ids = [np.concatenate([prompt, np.array(response, dtype=np.int32)]) for response in responses]
+    return ids, [np.arange(len(own)) >= len(prompt) for own in ids]
+
+
+def sampled_log_ratios(
+    model: Model,
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Sequence[int]]],
+    *,
+    tokens_per_microbatch: int = 8192,
+    say: Callable[[str], None] = log.warning,
+) -> Tensor:
+    """log π(response | prompt) − log reference(response | prompt) in nats: float64 [N, K].
+
+    prompts: token ids, int32 [tokens] each. responses: K to each prompt, the tokens that were drawn. Where
+    the policy drew them at temperature 1 from all tokens, the mean is an unbiased estimate of
+    KL(policy ‖ reference) of a response. Nothing is tokenized: the ids that a text gives are often others
+    than those that were drawn, and under the policy less likely.
+    """
+    items = []
+    for n, (prompt, own) in enumerate(zip(prompts, responses, strict=True)):
+        ids, scored = _under(np.asarray(prompt, dtype=np.int32), own)
+        items.append(share(ids, scored, Where("a sample", n + 1)))
+    measured = _measured(model, items, torch.empty(0), tokens_per_microbatch, say)
+    return measured.policy - measured.reference
 
 
 def _measured(

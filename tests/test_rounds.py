@@ -102,7 +102,7 @@ def test_a_loop_leaves_every_stage_on_disk_and_a_line_for_each_policy(loop_recip
     told = lines(loop.rounds_file)
     assert [line["round"] for line in told] == [0, 1, 2]
     assert told[0]["kl"]["mean"] == 0 and told[1]["kl"]["mean"] != 0
-    assert {"reward", "held_out_reward", "guard"} <= told[2].keys()
+    assert {"reward", "held_out_judge", "guard"} <= told[2].keys()
     for number in (1, 2):
         here = loop.round(number)
         samples, judged, pairs = lines(here.samples), lines(here.judged), lines(here.pairs)

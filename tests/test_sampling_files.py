@@ -71,8 +71,10 @@ def test_a_line_holds_the_prompt_and_what_was_drawn_for_it(model, chat, records,
     for ids, record, row in zip(prompts, records, drawn, strict=True):
         line = lines[prompt_key(ids)]
         assert line["prompt"] == list(record.prompt) and line["sampler"] == "s"
-        assert line["responses"] == [
-            {"text": chat.decode(r.ids), "tokens": len(r.ids), "finished": r.finished} for r in row
+        told = [(own["text"], own["tokens"], own["finished"]) for own in line["responses"]]
+        assert told == [(chat.decode(r.ids), len(r.ids), r.finished) for r in row]
+        assert [own["ids"] for own in line["responses"]] == [
+            [*r.ids, *([r.stop] if r.finished else [])] for r in row
         ]
     assert counts.tokens == sum(len(r.ids) for row in drawn for r in row)
     assert [p.name for p in file.parent.iterdir()] == [file.name]

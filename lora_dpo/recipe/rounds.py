@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from lora_dpo.errors import RecipeError
@@ -24,9 +24,10 @@ class Rounds(Section):
     round the last policy is the adapter in adapter.start_from, or the base.
     earlier_pairs: pairs of so many rounds before are trained on too.
     held_out_prompts, held_out_responses: how many held-out prompts are answered after each round, and how
-    often, to see its reward, KL divergence, lengths and repetition.
+    often, to see its reward, KL divergence, lengths and repetition; at temperature 1 and from all tokens,
+    whatever `sampling` says.
     held_out_judge: another judge, as `judge.of` names one, that nothing is trained on: where its reward falls
-    while the judge's rises, the judge is being fooled.
+    while the judge's rises, the judge is being fooled. The other keys of `judge` are its own too.
     patience: the loop ends after so many rounds without a higher held-out reward; 0 never does.
     max_kl: it ends where KL(policy ‖ base), in nats a response, passes this.
     """
@@ -66,6 +67,12 @@ class IterativeRecipe(Recipe):
                 f"loss is {type(self.loss).__name__}, which trains on {self.loss.records}; rounds make pairs"
             )
         given = {key: getattr(self.reference, key) for key in ("kind", "adapter", "sync_every")}
+        if self.judge.of == "implicit" and self.adapter.start_from is None:
+            raise RecipeError(
+                "judge.of=implicit: the first policy is the base, whose implicit reward is 0 everywhere: name"
+                " an adapter to begin with (adapter.start_from), or a run as judge.of=implicit:RUN"
+            )
+        _ = self.held_out_judge
         taken = [key for key, value in given.items() if value not in ("auto", None)]
         if taken:
             raise RecipeError(f"reference.{taken[0]} is each round's own: rounds.reference chooses it")
@@ -73,3 +80,13 @@ class IterativeRecipe(Recipe):
             raise RecipeError(
                 "rounds need held-out prompts to see whether they help: data.eval, eval_fraction or eval_last"
             )
+
+    @property
+    def held_out_judge(self) -> Judge | None:
+        """The judge that `rounds.held_out_judge` names."""
+        if self.rounds.held_out_judge is None:
+            return None
+        try:
+            return replace(self.judge, of=self.rounds.held_out_judge)
+        except RecipeError as error:
+            raise RecipeError(str(error).replace("judge.of", "rounds.held_out_judge", 1)) from error

@@ -8,7 +8,8 @@ round-1/
   judged.jsonl    the same with rewards
   pairs.jsonl     an ordinary preference file
   run/            an ordinary run directory: what was trained on those pairs
-  held_out/       responses of this round's policy to held-out prompts, judged; no training sees them
+  held_out/       responses of this round's policy to held-out prompts, judged. Nothing is trained on them;
+                  pairs of them are what the next round's run is evaluated on
   measures.json   what came of it; seconds.json what each stage took
 """
 
@@ -74,7 +75,10 @@ class RoundDirectory:
             return sum(1 for _ in lines)
 
     def seconds(self) -> dict[str, float]:
-        return read(self.seconds_file) or {}
+        try:
+            return read(self.seconds_file) or {}
+        except RunError:
+            return {}  # only told, never decided by
 
     def took(self, stage: str, seconds: float) -> None:
         """Add to what a stage took: one that was killed and went on took both times."""

@@ -13,7 +13,7 @@ from lora_dpo.rounds.directory import LoopDirectory
 from lora_dpo.rounds.policies import Loop
 from lora_dpo.rounds.prompts import prepare_prompts, read_prompts
 from lora_dpo.rounds.stages import NoPairs, do_round, measure_stage
-from lora_dpo.rounds.telling import Verdict, say_changes, table, verdict, write_rounds
+from lora_dpo.rounds.telling import Verdict, measured, say_changes, table, verdict, write_rounds
 from lora_dpo.run_directory import RunDirectory, write_text
 from lora_dpo.stopping import Interrupted, Stopped, Stops
 from lora_dpo.training import Display, chat_tokenizer
@@ -67,7 +67,7 @@ def _begun(recipe: IterativeRecipe, display: Display, resume: bool, accept: Sequ
                 display.say(f"accepted: {item}")
         prepare_prompts(pin, directory, display)
         write_text(directory.recipe_file, to_yaml(pin))
-        _loop(pin, directory, display)
+        _loop(pin, directory, display, accept)
     return directory
 
 
@@ -81,18 +81,18 @@ def _check_accept(accept: Sequence[str], resume: bool) -> None:
             raise RecipeError(f"--accept got {name!r}; it takes {takes}")
 
 
-def _loop(recipe: IterativeRecipe, directory: LoopDirectory, display: Display) -> None:
-    count = recipe.rounds.count
-    verdicts = [verdict(recipe, directory)]
-    if directory.round(count).measures() is not None or verdicts[0].stop:
+def _loop(recipe: IterativeRecipe, directory: LoopDirectory, display: Display, accept: Sequence[str]) -> None:
+    count, before = recipe.rounds.count, verdict(recipe, directory)
+    if len(measured(directory)) > count or before.stop:
         display.say(f"these rounds are done already in {directory.path}")
-        _finish(directory, display, verdicts[0])
+        _finish(directory, display, before)
         return
     held_out = read_prompts(recipe, directory.held_out_file)
     prompts = read_prompts(recipe, directory.prompts_file)
     base = load_model(recipe.base)
     chat = chat_tokenizer(base.tokenizer, recipe.data)
-    loop = Loop(recipe, directory, base, base_fingerprint(base), chat, prompts, held_out, display)
+    of_runs = [name for name in accept if name.partition(".")[0] in field_names(Recipe)]
+    loop = Loop(recipe, directory, base, base_fingerprint(base), chat, prompts, held_out, display, of_runs)
     display.say(f"{len(prompts):,} prompts to draw from, {len(held_out):,} held out")
     measure_stage(loop, 0)
     for number in range(1, count + 1):

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_dpo.evaluation import Interval, bootstrap
-from lora_dpo.judging import Candidates, ImplicitJudge, read_samples
+from lora_dpo.judging import read_samples
 from lora_dpo.judging.guard import report
 from lora_dpo.model import Model
 from lora_dpo.rounds.directory import RoundDirectory
 from lora_dpo.rounds.policies import Loop
+from lora_dpo.sampling import prompt_key, read_drawn
+from lora_dpo.shift import sampled_log_ratios
 
 
 def measure(loop: Loop, policy: Model, here: RoundDirectory) -> dict[str, Any]:
     """Means over prompts with 95% intervals, and the guard's figures.
 
-    kl: KL(policy ‖ base) in nats a response, by its samples: the mean of log π − log base (Schulman's k1), of
-    the responses as training sees them, tokenized again.
+    kl: KL(policy ‖ base) in nats a response, by its own samples at temperature 1: the mean of
+    log π − log base of the tokens that were drawn (Schulman's k1).
     """
     judged = read_samples(here.held_out.judged)
     groups, rewards = [row.candidates for row in judged], [row.scores for row in judged]
@@ -29,8 +32,8 @@ def measure(loop: Loop, policy: Model, here: RoundDirectory) -> dict[str, Any]:
         second = [row.scores for row in read_samples(here.second_opinion)]
     found: dict[str, Any] = {"reward": _interval(rewards)}
     if second is not None:
-        found["held_out_reward"] = _interval(second)
-    found["kl"] = _interval(_log_ratios(loop, policy, groups))
+        found["held_out_judge"] = _interval(second)
+    found["kl"] = _interval(_log_ratios(loop, policy, here.held_out.samples))
     return found | {"guard": report(groups, rewards, second)}
 
 
@@ -41,12 +44,18 @@ def _interval(values: Sequence[Sequence[float]]) -> dict[str, float]:
     return dataclasses.asdict(interval)
 
 
-def _log_ratios(loop: Loop, policy: Model, groups: Sequence[Candidates]) -> list[list[float]]:
+def _log_ratios(loop: Loop, policy: Model, samples: Path) -> list[list[float]]:
     """log π − log base of every response; 0 where the policy is the base."""
-    if not policy.adapter_layers:
-        return [[0.0] * len(group.responses) for group in groups]
-    budget = loop.recipe.training.tokens_per_microbatch
-    say = loop.display.say
-    ratios = ImplicitJudge(policy, loop.chat, beta=1.0, tokens_per_microbatch=budget, say=say)
-    with loop.display.counting("measuring KL", len(groups)) as advance:
-        return ratios(groups, advance)
+    there = read_drawn(samples)
+    if not policy.policy_adapters:
+        return [[0.0] * len(own) for own in there.values()]
+    asked = [loop.chat.prompt_ids(p.prompt, p.tools, p.template_kwargs) for p in loop.held_out]
+    prompts = {key: ids for ids in asked if (key := prompt_key(ids.tolist())) in there}
+    ratios = sampled_log_ratios(
+        policy,
+        list(prompts.values()),
+        [there[key] for key in prompts],
+        tokens_per_microbatch=loop.recipe.training.tokens_per_microbatch,
+        say=loop.display.say,
+    )
+    return ratios.tolist()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from lora_dpo.finished import check_adapter
 from lora_dpo.model import Model, bare, load_adapter
 from lora_dpo.preferences import Prompt
 from lora_dpo.recipe import Adapter, IterativeRecipe, Recipe, Reference
@@ -17,7 +18,9 @@ from lora_dpo.training import Display
 
 @dataclass(frozen=True, eq=False)
 class Loop:
-    """A loop that runs. base: the only model in memory, alone between stages. fingerprint: its hash."""
+    """A loop that runs. base: the only model in memory, alone between stages. fingerprint: its hash. accept:
+    keys of its runs' recipes that may differ from those that they began with.
+    """
 
     recipe: IterativeRecipe
     directory: LoopDirectory
@@ -27,6 +30,7 @@ class Loop:
     prompts: Sequence[Prompt]
     held_out: Sequence[Prompt]
     display: Display
+    accept: Sequence[str] = ()
 
     def adapter_after(self, number: int) -> str | None:
         """The adapter that the policy was after a round; None where it was the base."""
@@ -38,8 +42,16 @@ class Loop:
     def policy_after(self, number: int) -> Iterator[Model]:
         """The base with that adapter on, frozen, its reference the base; alone again afterwards."""
         folder = self.adapter_after(number)
+        if number:
+            check_adapter(self.directory.round(number).run)
+        with self.bare_base() as base:
+            yield base if folder is None else load_adapter(base, folder)
+
+    @contextmanager
+    def bare_base(self) -> Iterator[Model]:
+        """The base for whoever puts adapters on; alone again afterwards."""
         try:
-            yield self.base if folder is None else load_adapter(self.base, folder)
+            yield self.base
         finally:
             bare(self.base)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
+from lora_dpo.errors import DataError
 from lora_dpo.preferences import Prompt, describe_skipped, load_prompts
 from lora_dpo.recipe import Data, IterativeRecipe
 from lora_dpo.rounds.directory import LoopDirectory
@@ -16,11 +17,15 @@ from lora_dpo.training import Display
 
 def prepare_prompts(recipe: IterativeRecipe, loop: LoopDirectory, display: Display) -> None:
     """Write the loop's prompts, unless they are there: what it answers must not change while it runs."""
-    if loop.prompts_file.exists() and loop.held_out_file.exists():
+    # Without its recipe what lies there is what an earlier attempt left, of whatever recipe.
+    if loop.recipe_file.exists() and loop.prompts_file.exists() and loop.held_out_file.exists():
         return
     loaded = load_prompts(recipe.data, seed=recipe.training.seed)
     for line in describe_skipped(loaded):
         display.say(line)
+    for what, rows in (("", loaded.train), ("held-out ", loaded.eval)):
+        if not rows:
+            raise DataError(f"rounds: no {what}prompt is left: see data.train, data.eval, data.eval_fraction")
     Random(f"held out {recipe.training.seed}").shuffle(loaded.eval)
     _write(loop.held_out_file, loaded.eval[: recipe.rounds.held_out_prompts])
     _write(loop.prompts_file, loaded.train)

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lora_dpo.errors import DataError
-from lora_dpo.judging import JudgeProtocol, judge_file, make_judge, pair_file
-from lora_dpo.model import Model
+from lora_dpo.judging import judge_file, make_judge, pair_file
 from lora_dpo.preferences import Prompt
-from lora_dpo.recipe import Judge, Sampling
+from lora_dpo.recipe import IterativeRecipe, Judge, Sampling
 from lora_dpo.rounds.directory import RoundDirectory, write_json
 from lora_dpo.rounds.measuring import measure
 from lora_dpo.rounds.policies import Loop, recipe_of_round
@@ -31,12 +31,11 @@ def do_round(loop: Loop, number: int) -> None:
     """What is left of a round, counted from 1. Raises NoPairs, but in the first round DataError."""
     here = loop.directory.round(number)
     if not here.pairs.exists():
-        with loop.policy_after(number - 1) as policy:
-            with _timed(here, "sample"):
-                prompts = prompts_of_round(loop.recipe, loop.prompts, number)
-                sample_stage(loop, policy, prompts, seeded(loop.recipe.sampling, f"round {number}"), here)
-            with _timed(here, "judge"):
-                judge_stage(loop, policy, loop.recipe.judge, here.samples, here.judged)
+        with _timed(here, "sample"):
+            prompts = prompts_of_round(loop.recipe, loop.prompts, number)
+            sample_stage(loop, number - 1, prompts, seeded(loop.recipe.sampling, f"round {number}"), here)
+        with _timed(here, "judge"):
+            judge_stage(loop, number - 1, loop.recipe.judge, here.samples, here.judged)
         with _timed(here, "pair"):
             pair_stage(loop, number)
     if not has_trained(here.run):
@@ -46,32 +45,38 @@ def do_round(loop: Loop, number: int) -> None:
 
 
 def sample_stage(
-    loop: Loop, policy: Model, prompts: Sequence[Prompt], settings: Sampling, here: RoundDirectory
+    loop: Loop, number: int, prompts: Sequence[Prompt], settings: Sampling, here: RoundDirectory
 ) -> None:
-    """Responses of the policy, in its role, to these prompts; those that are there already stay."""
+    """Responses of the policy after a round to these prompts; those that are there already stay."""
     here.path.mkdir(parents=True, exist_ok=True)
     data, stop_ids = loop.recipe.data, loop.chat.end_of_turn_ids
-    made = sample_to_file(
-        policy,
-        loop.chat,
-        prompts,
-        settings,
-        here.samples,
-        sampler=sampler_id(policy, settings, stop_ids, base=loop.fingerprint),
-        display=loop.display,
-        longest=data.max_prompt_tokens or data.max_tokens,
-    )
+    longest = data.max_prompt_tokens or data.max_tokens
+    with loop.policy_after(number) as policy:
+        made = sample_to_file(
+            policy,
+            loop.chat,
+            prompts,
+            settings,
+            here.samples,
+            sampler=sampler_id(policy, settings, stop_ids, base=loop.fingerprint),
+            display=loop.display,
+            longest=longest,
+        )
+    if not made.prompts:
+        raise DataError(
+            f"rounds: all {len(prompts):,} prompts of {here.path} are longer than {longest:,} tokens"
+            " (data.max_prompt_tokens, or data.max_tokens)"
+        )
     if made.too_long:
         loop.display.say(f"{made.too_long} prompts are longer than data.max_prompt_tokens, and are left out")
 
 
-def judge_stage(loop: Loop, policy: Model, judge: Judge, samples: Path, output: Path) -> None:
-    """Judge what the policy said. A reward model is one more adapter beside it."""
-    judge_file(judge_for(loop, policy, judge), samples, output, loop.display)
-
-
-def judge_for(loop: Loop, policy: Model, judge: Judge) -> JudgeProtocol:
-    return make_judge(judge, policy, loop.chat, say=loop.display.say)
+def judge_stage(loop: Loop, number: int, judge: Judge, samples: Path, output: Path) -> None:
+    """Judge what the policy after a round said. The base is bare for each judge, which puts its own adapter
+    on; but the implicit reward of the policy takes the policy.
+    """
+    with loop.policy_after(number) if judge.of == "implicit" else loop.bare_base() as model:
+        judge_file(make_judge(judge, model, loop.chat, say=loop.display.say), samples, output, loop.display)
 
 
 def pair_stage(loop: Loop, number: int) -> None:
@@ -100,7 +105,8 @@ def train_stage(loop: Loop, number: int) -> None:
         run=here.run.path,
     )
     begun = here.run.recipe_file.exists() or bool(here.run.checkpoints())
-    train(recipe, resume=begun, on=loop.base, quiet=loop.display.quiet)
+    accept = loop.accept if begun else ()
+    train(recipe, resume=begun, accept=accept, on=loop.base, quiet=loop.display.quiet)
 
 
 def held_out_pairs(loop: Loop, number: int) -> Path | None:
@@ -119,17 +125,22 @@ def measure_stage(loop: Loop, number: int) -> None:
     here = loop.directory.round(number)
     if here.measures() is not None:
         return
-    with _timed(here, "measure"), loop.policy_after(number) as policy:
-        rounds = loop.recipe.rounds
-        # The same noise after every round: what differs is the policy.
-        settings = seeded(loop.recipe.sampling, "held out", responses=rounds.held_out_responses)
-        sample_stage(loop, policy, loop.held_out, settings, here.held_out)
-        there = here.held_out
-        judge_stage(loop, policy, loop.recipe.judge, there.samples, there.judged)
-        if rounds.held_out_judge is not None:
-            second = replace(loop.recipe.judge, of=rounds.held_out_judge)
-            judge_stage(loop, policy, second, there.samples, here.second_opinion)
-        write_json(here.measures_file, {"round": number} | measure(loop, policy, here))
+    with _timed(here, "measure"):
+        there, second = here.held_out, loop.recipe.held_out_judge
+        sample_stage(loop, number, loop.held_out, held_out_sampling(loop.recipe), there)
+        judge_stage(loop, number, loop.recipe.judge, there.samples, there.judged)
+        if second is not None:
+            judge_stage(loop, number, second, there.samples, here.second_opinion)
+        with loop.policy_after(number) as policy:
+            write_json(here.measures_file, {"round": number} | measure(loop, policy, here))
+
+
+def held_out_sampling(recipe: IterativeRecipe) -> Sampling:
+    """The same noise after every round: what differs is the policy. And of the policy itself, at
+    temperature 1 from all tokens, or its samples would not give its KL divergence.
+    """
+    count = recipe.rounds.held_out_responses
+    return seeded(recipe.sampling, "held out", responses=count, temperature=1.0, top_p=1.0)
 
 
 def has_trained(run: RunDirectory) -> bool:
@@ -137,7 +148,7 @@ def has_trained(run: RunDirectory) -> bool:
     return (run.adapter_folder / "adapter_model.safetensors").is_file()
 
 
-def seeded(sampling: Sampling, what: str, **changes: int) -> Sampling:
+def seeded(sampling: Sampling, what: str, **changes: Any) -> Sampling:
     """The sampling with noise of its own for each use."""
     digest = hashlib.sha256(f"{sampling.seed} {what}".encode()).digest()
     return replace(sampling, seed=int.from_bytes(digest[:7], "big"), **changes)

@@ -85,7 +85,7 @@ def _shown(interval: dict[str, float]) -> str:
 def table(directory: LoopDirectory, found: Verdict) -> str:
     """Reward, KL and what might be bought with them, by round; and the time of each stage."""
     policies = measured(directory)
-    second = any("held_out_reward" in now for now in policies)
+    second = any("held_out_judge" in now for now in policies)
     heads = ["round", "reward [95%]", *(["held-out judge"] if second else []), "KL", "tokens", "repeated"]
     heads += ["unfinished", "pairs", *STAGES]
     rows = [heads]
@@ -93,7 +93,7 @@ def table(directory: LoopDirectory, found: Verdict) -> str:
         here, guard = directory.round(number), now["guard"]
         seconds = here.seconds()
         row = [f"{number}{' *' if number == found.best else ''}", _shown(now["reward"])]
-        row += [_shown(now["held_out_reward"])] if second else []
+        row += [_shown(now["held_out_judge"])] if second else []
         row += [f"{now['kl']['mean']:.2f}", f"{guard.get('tokens', guard.get('words', 0)):.1f}"]
         row += [f"{guard.get('repetition', 0):.1%}", f"{guard.get('unfinished', 0):.1%}"]
         row.append(str(here.count_pairs() or ""))

@@ -1,7 +1,7 @@
 """Responses from the base with, or without, its adapters."""
 
 from lora_dpo.sampling.decoding import Response
-from lora_dpo.sampling.files import Counts, sample_to_file, sampler_id
+from lora_dpo.sampling.files import Counts, drawn, read_drawn, sample_to_file, sampler_id
 from lora_dpo.sampling.greedy import ROLES, Role, greedy
 from lora_dpo.sampling.noise import prompt_key
 from lora_dpo.sampling.responses import sample
@@ -13,8 +13,10 @@ __all__ = [
     "Counts",
     "Response",
     "Role",
+    "drawn",
     "greedy",
     "prompt_key",
+    "read_drawn",
     "sample",
     "sample_to_file",
     "sampler_id",

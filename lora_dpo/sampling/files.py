@@ -1,8 +1,11 @@
 """Responses in a file of JSON lines, one line a prompt, that grows while they are made.
 
-A line: {"id": the prompt's key, "prompt": messages or text, "responses": [{"text", "tokens", "finished"}, …],
-"sampler": who drew them and how, and "tools" and "chat_template_kwargs" where the row had them}. A judge that
-adds a score to each response makes a preference file of it, with ranked responses.
+A line: {"id": the prompt's key, "prompt": messages or text, "responses": [{"text", "tokens", "finished",
+"ids"}, …], "sampler": who drew them and how, and "tools" and "chat_template_kwargs" where the row had them}.
+A judge that adds a score to each response makes a preference file of it, with ranked responses.
+
+ids are the tokens that were drawn, with the one that ended the response: its text may be tokenized into
+others, of which the policy thinks otherwise. tokens counts them without that one.
 """
 
 from __future__ import annotations
@@ -160,6 +163,29 @@ def _questions(records: Sequence[Record], chat: ChatTokenizer) -> list[_Question
     return found
 
 
+def drawn(response: Response, stop_ids: Sequence[int]) -> list[int]:
+    """All tokens that were drawn: the stop token too, the first of `stop_ids` where a response that ended
+    doesn't know its own.
+    """
+    if not response.finished:
+        return list(response.ids)
+    return [*response.ids, stop_ids[0] if response.stop is None else response.stop]
+
+
+def read_drawn(file: Path) -> dict[str, list[list[int]]]:
+    """The tokens of all responses to each prompt, by its key. Raises RunError where a line lacks them."""
+    found: dict[str, list[list[int]]] = {}
+    with growing(file) as lines:
+        for number, line in lines.lines():
+            try:
+                found[str(line["id"])] = [[int(token) for token in own["ids"]] for own in line["responses"]]
+            except (KeyError, TypeError, ValueError) as error:
+                raise RunError(
+                    f"{file} line {number} has no tokens: sample again, to another file"
+                ) from error
+    return found
+
+
 def _answered(lines: GrowingFile, sampler: str) -> set[str]:
     """The keys of the prompts that a file answers. Raises RunError where somebody else answered them."""
     keys = set()
@@ -181,7 +207,12 @@ def _line(
     prompt = record.prompt if isinstance(record.prompt, str) else [dict(turn) for turn in record.prompt]
     line: dict[str, Any] = {"id": question.key, "prompt": prompt}
     line["responses"] = [
-        {"text": chat.decode(response.ids), "tokens": len(response.ids), "finished": response.finished}
+        {
+            "text": chat.decode(response.ids),
+            "tokens": len(response.ids),
+            "finished": response.finished,
+            "ids": drawn(response, chat.end_of_turn_ids),
+        }
         for response in responses
     ]
     line["sampler"] = sampler

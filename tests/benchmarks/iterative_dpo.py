@@ -111,12 +111,12 @@ def table(found: list[dict[str, Any]], rounds: int) -> str:
             values = [value[key] for value in values]
         return values
 
-    add("base (round 0)", of(0, "held_out_reward", "mean"))
+    add("base (round 0)", of(0, "held_out_judge", "mean"))
     add("offline, one pass", [one["offline"] for one in found])
     add(f"offline, {rounds} passes", [one["offline_long"] for one in found])
     for number in range(1, rounds + 1):
-        add(f"round {number}", of(number, "held_out_reward", "mean"))
-    above = [one["rounds"][rounds]["held_out_reward"]["mean"] - one["offline"] for one in found]
+        add(f"round {number}", of(number, "held_out_judge", "mean"))
+    above = [one["rounds"][rounds]["held_out_judge"]["mean"] - one["offline"] for one in found]
     add("last round above offline", above)
     lines.append("")
     add("reward model, held-out accuracy", [one["reward_accuracy"] for one in found])

@@ -32,9 +32,9 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[IterativeRec
     words += [f"data.eval={folder / 'eval.jsonl'}", f"run_directory={tmp_path / 'loop'}"]
     words += [f"judge.of=reward:{tmp_path / 'reward'}", "pairing.keep_unfinished=true"]
     words += ["rounds.count=2", "rounds.prompts=12", "rounds.patience=0", "sampling.max_new_tokens=8"]
-    recipe = override(load_recipe(RECIPE), words)
+    recipe = load_recipe(RECIPE)
     assert isinstance(recipe, IterativeRecipe)
-    return recipe, settings
+    return changed(recipe, *words), settings
 
 
 def test_the_offline_recipe_goes_the_whole_way_and_keeps_what_it_made(
@@ -48,8 +48,8 @@ def test_the_offline_recipe_goes_the_whole_way_and_keeps_what_it_made(
     head = tmp_path / "reward" / "adapter" / "adapter_model.safetensors"
     made = head.stat().st_mtime_ns
     with pytest.raises(RunError, match=r"rounds\.count"):
-        iterating.iterate(override(recipe, ["rounds.count=3"]), resume=True, settings=settings)
-    again = iterating.iterate(override(recipe, ["rounds.count=1"]), settings=settings)
+        iterating.iterate(changed(recipe, "rounds.count=3"), resume=True, settings=settings)
+    again = iterating.iterate(changed(recipe, "rounds.count=1"), settings=settings)
     assert again.path == tmp_path / "loop-2", "without --resume a second loop gets a folder of its own"
     assert head.stat().st_mtime_ns == made, "the reward model is used again"
     for name in ("samples.jsonl", "judged.jsonl", "pairs.jsonl"):
@@ -62,7 +62,7 @@ def test_the_offline_recipe_goes_the_whole_way_and_keeps_what_it_made(
 
 def test_the_labels_are_the_base_s_own_responses_best_first(small: tuple[IterativeRecipe, BaseSettings]):
     recipe, settings = small
-    iterating.iterate(override(recipe, ["rounds.count=1"]), settings=settings)
+    iterating.iterate(changed(recipe, "rounds.count=1"), settings=settings)
     file = cache_folder(settings) / "labels-0" / f"labels-{iterating.LABELS}.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows
@@ -70,6 +70,12 @@ def test_the_labels_are_the_base_s_own_responses_best_first(small: tuple[Iterati
         assert row["score_chosen"] == few_of_one_letter(None, text(row["chosen"]))
         assert row["score_rejected"] == few_of_one_letter(None, text(row["rejected"]))
         assert row["score_chosen"] > row["score_rejected"]
+
+
+def changed(recipe: IterativeRecipe, *words: str) -> IterativeRecipe:
+    found = override(recipe, words)
+    assert isinstance(found, IterativeRecipe)
+    return found
 
 
 def text(side: str | list[dict[str, str]]) -> str:

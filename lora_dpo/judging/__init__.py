@@ -17,7 +17,7 @@ from lora_dpo.judging.judges import Candidates, JudgeProtocol, tag
 from lora_dpo.judging.labelled import Agreement, judge_pairs
 from lora_dpo.judging.making import make_judge
 from lora_dpo.judging.pairing import Pair, Response, pair
-from lora_dpo.judging.pairs_file import Paired, pair_file
+from lora_dpo.judging.pairs_file import NoPairsError, Paired, pair_file
 
 __all__ = [
     "Agreement",
@@ -26,6 +26,7 @@ __all__ = [
     "ImplicitJudge",
     "JudgeProtocol",
     "Judged",
+    "NoPairsError",
     "Pair",
     "Paired",
     "Response",

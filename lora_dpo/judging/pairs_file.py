@@ -18,6 +18,10 @@ from lora_dpo.recipe import Pairing
 from lora_dpo.run_directory import write_text
 
 
+class NoPairsError(DataError):
+    """No prompt of a judged file gives a pair."""
+
+
 @dataclass(frozen=True)
 class Paired:
     """What became of the prompts: `pairs` of them a pair, the others by reason.
@@ -49,7 +53,7 @@ def pair_file(judged: Path, output: Path, pairing: Pairing, *, round: int | None
     """Write the pairs of a judged file, an ordinary preference file, by one rename; `output` is replaced.
 
     round: stands in every line, where one is given. Raises DataError, naming file and row, for what isn't
-    judged, and where no prompt gives a pair.
+    judged, and NoPairsError where no prompt gives a pair.
     """
     if output.resolve() == judged.resolve():
         raise DataError(f"{output} is the judged file itself: name another one for the pairs")
@@ -59,7 +63,7 @@ def pair_file(judged: Path, output: Path, pairing: Pairing, *, round: int | None
     reasons = Counter(made for _, made in found if isinstance(made, str))
     if not pairs:
         why = "; ".join(f"{count} prompts: {reason}" for reason, count in reasons.most_common())
-        raise DataError(f"{judged}: no prompt gives a pair ({why or 'there are none'})")
+        raise NoPairsError(f"{judged}: no prompt gives a pair ({why or 'there are none'})")
     write_text(output, "".join(_text(pair_line(row, made, round)) for row, made in pairs))
     return summary([made for _, made in pairs], reasons)
 

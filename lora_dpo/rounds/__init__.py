@@ -4,6 +4,7 @@ directory.py   what a loop leaves on disk
 prompts.py     its prompts, split once and dealt out
 policies.py    who speaks in which round, and the recipe of each round's run
 stages.py      sample, judge, pair, train, measure: each goes on where it was
+judges.py      looked at first, and the same to the end
 measuring.py   reward, KL and the guard's figures of a policy
 telling.py     which round was best, when to stop, the table
 loop.py        all of it in order

@@ -65,7 +65,13 @@ class RoundDirectory:
         return self.path / "seconds.json"
 
     def measures(self) -> dict[str, Any] | None:
-        return read(self.measures_file)
+        """None before the policy was measured. Raises RunError for a file that is not what was written."""
+        found = read(self.measures_file)
+        if found is not None and not (isinstance(found, dict) and found.keys() >= {"reward", "kl", "guard"}):
+            raise RunError(
+                f"{self.measures_file} lacks what was measured; delete it, and it is measured again"
+            )
+        return found
 
     def count_pairs(self) -> int:
         """How many pairs the round was trained on; 0 before there are any."""

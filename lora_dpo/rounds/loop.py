@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora_dpo.errors import RecipeError
+from lora_dpo.errors import RecipeError, RunError
 from lora_dpo.model import load_model
 from lora_dpo.recipe import IterativeRecipe, Recipe, field_names, pinned, to_yaml
 from lora_dpo.reference import base_fingerprint
 from lora_dpo.rounds.directory import LoopDirectory
+from lora_dpo.rounds.judges import check_judges
 from lora_dpo.rounds.policies import Loop
 from lora_dpo.rounds.prompts import prepare_prompts, read_prompts
 from lora_dpo.rounds.stages import NoPairs, do_round, measure_stage
@@ -17,7 +18,7 @@ from lora_dpo.rounds.telling import Verdict, measured, say_changes, table, verdi
 from lora_dpo.run_directory import RunDirectory, write_text
 from lora_dpo.stopping import Interrupted, Stopped, Stops
 from lora_dpo.training import Display, chat_tokenizer
-from lora_dpo.training.resuming import recipe_differences, refuse
+from lora_dpo.training.resuming import Difference, recipe_differences, refuse
 
 
 class RoundsStopped(Stopped):
@@ -63,12 +64,36 @@ def _begun(recipe: IterativeRecipe, display: Display, resume: bool, accept: Sequ
     with RunDirectory(directory.path).locked():
         if resume:
             differ = recipe_differences(pin, directory.recipe_file)
+            _check_fixed(differ)
             for item in refuse(differ, accept):
                 display.say(f"accepted: {item}")
         prepare_prompts(pin, directory, display)
         write_text(directory.recipe_file, to_yaml(pin))
         _loop(pin, directory, display, accept)
     return directory
+
+
+FIXED = (
+    "data",
+    "training.seed",
+    "rounds.prompts",
+    "rounds.held_out_prompts",
+    "rounds.held_out_responses",
+    "rounds.held_out_judge",
+)
+"""Keys by which a loop's prompts are dealt and its policies measured: another one half-way would change
+nothing, or make its rounds' figures those of different things.
+"""
+
+
+def _check_fixed(differ: Sequence[Difference]) -> None:
+    """Raise RunError for a difference that nobody can accept."""
+    for item in differ:
+        if item.accepted(FIXED):
+            raise RunError(
+                f"{item}; that cannot change in rounds that have begun. Put it back, or begin others with"
+                " run_directory=…"
+            )
 
 
 def _check_accept(accept: Sequence[str], resume: bool) -> None:
@@ -87,6 +112,7 @@ def _loop(recipe: IterativeRecipe, directory: LoopDirectory, display: Display, a
         display.say(f"these rounds are done already in {directory.path}")
         _finish(directory, display, before)
         return
+    check_judges(recipe)
     held_out = read_prompts(recipe, directory.held_out_file)
     prompts = read_prompts(recipe, directory.prompts_file)
     base = load_model(recipe.base)

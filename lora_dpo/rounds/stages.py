@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lora_dpo.errors import DataError
-from lora_dpo.judging import judge_file, make_judge, pair_file
+from lora_dpo.judging import NoPairsError, judge_file, make_judge, pair_file
 from lora_dpo.preferences import Prompt
 from lora_dpo.recipe import IterativeRecipe, Judge, Sampling
 from lora_dpo.rounds.directory import RoundDirectory, write_json
+from lora_dpo.rounds.judges import same_judge
 from lora_dpo.rounds.measuring import measure
 from lora_dpo.rounds.policies import Loop, recipe_of_round
 from lora_dpo.rounds.prompts import prompts_of_round
@@ -35,7 +36,8 @@ def do_round(loop: Loop, number: int) -> None:
             prompts = prompts_of_round(loop.recipe, loop.prompts, number)
             sample_stage(loop, number - 1, prompts, seeded(loop.recipe.sampling, f"round {number}"), here)
         with _timed(here, "judge"):
-            judge_stage(loop, number - 1, loop.recipe.judge, here.samples, here.judged)
+            first = loop.directory.round(0).held_out.judged
+            judge_stage(loop, number - 1, loop.recipe.judge, here.samples, here.judged, first)
         with _timed(here, "pair"):
             pair_stage(loop, number)
     if not has_trained(here.run):
@@ -71,19 +73,20 @@ def sample_stage(
         loop.display.say(f"{made.too_long} prompts are longer than data.max_prompt_tokens, and are left out")
 
 
-def judge_stage(loop: Loop, number: int, judge: Judge, samples: Path, output: Path) -> None:
+def judge_stage(loop: Loop, number: int, judge: Judge, samples: Path, output: Path, first: Path) -> None:
     """Judge what the policy after a round said. The base is bare for each judge, which puts its own adapter
-    on; but the implicit reward of the policy takes the policy.
+    on; but the implicit reward of the policy takes the policy. first: what the same judge wrote first.
     """
     with loop.policy_after(number) if judge.of == "implicit" else loop.bare_base() as model:
-        judge_file(make_judge(judge, model, loop.chat, say=loop.display.say), samples, output, loop.display)
+        made = make_judge(judge, model, loop.chat, say=loop.display.say)
+        judge_file(same_judge(judge, made, first), samples, output, loop.display)
 
 
 def pair_stage(loop: Loop, number: int) -> None:
     here = loop.directory.round(number)
     try:
         paired = pair_file(here.judged, here.pairs, loop.recipe.pairing, round=number)
-    except DataError as error:
+    except NoPairsError as error:
         if number == 1:
             raise
         raise NoPairs(f"round {number} ends the loop: {error}") from error
@@ -115,7 +118,7 @@ def held_out_pairs(loop: Loop, number: int) -> Path | None:
     if not there.pairs.exists():
         try:
             pair_file(there.judged, there.pairs, loop.recipe.pairing, round=number)
-        except DataError:
+        except NoPairsError:
             return None  # no two responses that differ enough: training then has nothing to evaluate on
     return there.pairs
 
@@ -128,9 +131,10 @@ def measure_stage(loop: Loop, number: int) -> None:
     with _timed(here, "measure"):
         there, second = here.held_out, loop.recipe.held_out_judge
         sample_stage(loop, number, loop.held_out, held_out_sampling(loop.recipe), there)
-        judge_stage(loop, number, loop.recipe.judge, there.samples, there.judged)
+        begun = loop.directory.round(0)
+        judge_stage(loop, number, loop.recipe.judge, there.samples, there.judged, begun.held_out.judged)
         if second is not None:
-            judge_stage(loop, number, second, there.samples, here.second_opinion)
+            judge_stage(loop, number, second, there.samples, here.second_opinion, begun.second_opinion)
         with loop.policy_after(number) as policy:
             write_json(here.measures_file, {"round": number} | measure(loop, policy, here))
 

@@ -48,13 +48,13 @@ def verdict(recipe: IterativeRecipe, directory: LoopDirectory) -> Verdict:
             break
         better = now["reward"]["mean"] > found[best]["reward"]["mean"]
         best, since = (number, 0) if better else (best, since + 1)
-        if rounds.patience and since >= rounds.patience:
+        if rounds.patience and since >= rounds.patience and number < rounds.count:
             stop = (
                 f"stopped after round {number}: the held-out reward did not rise for {since}"
                 f" round{'s' if since > 1 else ''} (rounds.patience)"
             )
             break
-    return Verdict(best, stop if len(found) <= rounds.count else "")
+    return Verdict(best, stop)
 
 
 def write_rounds(directory: LoopDirectory, found: Verdict) -> None:

@@ -676,11 +676,25 @@ def test_the_report_by_hand():
     assert found["reward_length_spearman"] == pytest.approx(1.0)  # the second prompt's lengths don't vary
     assert found["held_out_pearson"] == pytest.approx((1.0 - 1.0) / 2, abs=1e-12)
     untold = guarding.report([candidates("a b")], [[1.0]])
+    # Sums of the prompts' differences from the mean 0.6: −1.8 and 1.8, of five responses.
+    assert found["reward_se"] == pytest.approx(math.sqrt(2 * (1.8**2 + 1.8**2)) / 5)
     assert untold.keys() == {"reward", "words", "repetition", "distinct_1", "distinct_2"}
+
+
+def test_the_standard_error_is_that_of_the_means_of_prompts():
+    groups = np.random.default_rng(1).normal(size=(9, 4))
+    expected = groups.mean(axis=1).std(ddof=1) / 3
+    assert guarding.standard_error(groups.tolist()) == pytest.approx(expected)
+    assert guarding.standard_error([[2.0, 2.0], [2.0]]) == 0
+    assert math.isnan(guarding.standard_error([[1.0, 2.0]]))
+
+
+SURE = {"reward_se": 0.01, "reward_held_out_se": 0.01, "reward_length_spearman_se": 0.01}
 
 
 def test_a_fooled_judge_is_warned_of_in_words_and_an_honest_one_is_not():
     before = {"reward": 0.1, "reward_held_out": 0.1, "tokens": 50.0, "repetition": 0.0, "unfinished": 0.0}
+    before |= SURE
     assert guarding.compare(before, before | {"reward": 0.5, "reward_held_out": 0.2, "tokens": 60.0}) == []
     fooled = guarding.compare(before, before | {"reward": 0.5, "reward_held_out": 0.0})
     assert len(fooled) == 1
@@ -688,3 +702,31 @@ def test_a_fooled_judge_is_warned_of_in_words_and_an_honest_one_is_not():
     longer = guarding.compare(before, before | {"tokens": 90.0, "repetition": 0.3, "unfinished": 0.5})
     assert [line.split()[0] for line in longer] == ["responses", "repeated", "unfinished"]
     assert guarding.compare({"reward": 0.1}, {"reward": 0.5}) == []
+
+
+def test_a_difference_of_rewards_within_its_noise_is_not_said():
+    """A standard error of the difference is √2 × 0.1; 1.96 of them are 0.277."""
+    noisy = dict.fromkeys(SURE, 0.1)
+    before = {"reward": 0.0, "reward_held_out": 0.0, "reward_length_spearman": 0.4} | noisy
+    for size, said in ((0.27, 0), (0.28, 2)):
+        now = {"reward": size, "reward_held_out": -size, "reward_length_spearman": 0.4 + size} | noisy
+        assert len(guarding.compare(before, now)) == said
+        assert len(guarding.compare(before, now | {"reward_held_out": 0.0})) == said / 2
+        untold = {name: value for name, value in now.items() if not name.endswith("_se")}
+        assert guarding.compare(before, untold) == []
+
+
+def test_what_grows_a_little_every_round_is_said_by_round_0():
+    first = {"tokens": 50.0, "repetition": 0.0, "reward": 0.0, "reward_held_out": 0.5} | SURE
+    second = first | {"tokens": 64.0, "repetition": 0.09}
+    third = first | {"tokens": 80.0, "repetition": 0.18, "reward": 0.02, "reward_held_out": 0.48}
+    fourth = third | {"reward": 0.04, "reward_held_out": 0.46}
+    assert guarding.compare(first, second, first) == []
+    assert guarding.compare(second, third) == []
+    assert [line.split(":")[0] for line in guarding.compare(second, third, first)] == [
+        "responses grew 50 → 80 tokens since round 0",
+        "repeated 4-grams rose 0% → 18% of responses since round 0",
+    ]
+    assert "fell 0.500 → 0.460 since round 0" in guarding.compare(third, fourth, first)[0]
+    # What the last round alone did is said of it.
+    assert "responses grew 50 → 80 tokens:" in guarding.compare(first, third, first)[0]

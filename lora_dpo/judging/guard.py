@@ -151,7 +151,7 @@ def distinct_share(texts: Sequence[Sequence[str]], gram: int) -> float:
 def standard_error(groups: Sequence[Sequence[float]]) -> float:
     """Of the mean of all numbers; groups, the prompts, are independent. NaN of a single one.
 
-    √(G/(G−1) · Σ_g (Σ_i (x_gi − mean))²) / N, Liang & Zeger 1986's robust variance of a mean; of groups of one
+    √(G/(G−1) · Σ_g (Σ_i (x_gi − mean))²) / N, the robust variance of Liang & Zeger 1986; of groups of one
     size, the standard deviation of their means over √G.
     """
     if len(groups) < 2:

@@ -476,6 +476,23 @@ def test_every_response_gets_its_reward_and_the_rest_of_the_line_stays(tmp_path:
         assert new == old
 
 
+def test_what_the_row_had_for_the_template_reaches_the_judge_and_the_files(tmp_path: Path):
+    had = {"tools": [{"name": "hat"}], "chat_template_kwargs": {"tone": "red"}}
+    samples, judged = tmp_path / "samples.jsonl", tmp_path / "judged.jsonl"
+    samples.write_text(json.dumps(sample_line(0, "a", "a b") | had) + "\n")
+    seen = read_samples(samples)[0].candidates
+    assert seen.tools == ({"name": "hat"},) and seen.template_kwargs == {"tone": "red"}
+    judge_file(FunctionJudge(words), samples, judged)
+    again = load_preferences(Data(str(judged))).train
+    judge_pairs(FunctionJudge(words), again, output=tmp_path / "scored.jsonl")
+    for file in (judged, tmp_path / "scored.jsonl"):
+        line = json.loads(file.read_text())
+        assert {key: line[key] for key in had} == had
+    samples.write_text(json.dumps(sample_line(0, "a", "a b") | {"tools": "hat"}) + "\n")
+    with pytest.raises(DataError, match=r"samples\.jsonl row 1: malformed tools"):
+        read_samples(samples)
+
+
 def test_a_judged_file_that_was_cut_anywhere_ends_as_if_it_had_not_been(tmp_path: Path):
     samples, output = write_samples(tmp_path / "samples.jsonl", 7), tmp_path / "judged.jsonl"
     judge_file(FunctionJudge(words), samples, output)
@@ -621,6 +638,27 @@ def test_score_and_pair_by_the_commands(tmp_path: Path):
     assert len(load_preferences(Data(str(tmp_path / "pairs.jsonl"))).train) == 3
     said = run_command("reward", "score", tmp_path / "pairs.jsonl", "--judge", of)
     assert re.search(r"accuracy +1\.000 \[1\.000, 1\.000\]", said)
+
+
+def test_pairs_with_a_bad_row_are_judged_as_the_advice_says(tmp_path: Path):
+    (tmp_path / "rules.py").write_text("def count(prompt, response):\n    return len(response.split())\n")
+    rows = [{"prompt": "p", "chosen": f"a b {n}", "rejected": "a"} for n in range(3)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(json.dumps(row) + "\n" for row in [rows[0], {"prompt": "p", "chosen": ""}, *rows])
+    )
+    command = ["reward", "score", str(pairs), "--judge", f"function:{tmp_path / 'rules.py'}:count"]
+    with pytest.raises(DataError, match=r"row 2.*data\.on_bad_row=skip"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert "4 pairs, mean" in run_command(*command, "data.on_bad_row=skip")
+    assert "2 pairs, mean" in run_command(*command, "data.on_bad_row=skip", "data.max_rows=2")
+    with pytest.raises(RecipeError, match=r"data\.max_tokens changes nothing.*data\.on_bad_row"):
+        CliRunner().invoke(app, [*command, "data.max_tokens=9"], catch_exceptions=False)
+    samples = write_samples(tmp_path / "samples.jsonl", 1)
+    with pytest.raises(RecipeError, match="is for preference pairs"):
+        CliRunner().invoke(
+            app, [*command[:2], str(samples), *command[3:], "data.max_rows=2"], catch_exceptions=False
+        )
 
 
 def test_options_that_are_wrong_name_their_key(tmp_path: Path):

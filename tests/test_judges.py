@@ -39,6 +39,7 @@ from lora_dpo.judging import (
     FunctionJudge,
     ImplicitJudge,
     judge_file,
+    judge_on,
     judge_pairs,
     make_judge,
     read_samples,
@@ -46,9 +47,9 @@ from lora_dpo.judging import (
 )
 from lora_dpo.judging import guard as guarding
 from lora_dpo.losses import BradleyTerry
-from lora_dpo.model import Model, as_base, load_model
+from lora_dpo.model import Model, as_base, generating, load_adapter, load_model
 from lora_dpo.preferences import Demonstration, Where, load_preferences
-from lora_dpo.recipe import Adapter, Base, Data, Judge
+from lora_dpo.recipe import Adapter, Base, Data, Judge, override
 from lora_dpo.reward import train_reward
 from lora_dpo.tokenization import ChatTokenizer
 from lora_dpo.training import train
@@ -209,7 +210,7 @@ def test_the_end_of_turn_of_an_unfinished_response_does_not_count(policy: Model)
     assert made[0][0] != made[0][1]
 
 
-def test_an_adapter_that_changed_is_another_judge_and_no_adapter_is_none(policy: Model):
+def test_an_adapter_that_changed_is_another_judge(policy: Model):
     chat = ChatTokenizer(policy.tokenizer)
     before = ImplicitJudge(policy, chat).fingerprint
     assert ImplicitJudge(policy, chat).fingerprint == before
@@ -221,9 +222,19 @@ def test_an_adapter_that_changed_is_another_judge_and_no_adapter_is_none(policy:
         assert ImplicitJudge(policy, chat).fingerprint != before
     finally:
         first.data.copy_(kept)
+
+
+def test_without_an_adapter_every_implicit_reward_is_0_and_that_is_said(policy: Model):
     assert policy.base is not None
-    with pytest.raises(ModelError, match="every implicit reward is 0"):
-        make_judge(Judge("implicit"), load_model(policy.base), chat)
+    said: list[str] = []
+    done: list[int] = []
+    model = load_model(policy.base)
+    judge = make_judge(Judge("implicit"), model, ChatTokenizer(model.tokenizer), say=said.append)
+    group = [candidates("the cat", "no"), candidates("dog", name="q")]
+    assert judge(group, done.append) == [[0.0, 0.0], [0.0]]
+    assert sum(done) == 2
+    assert len(said) == 1 and "no adapter is on" in said[0]
+    assert judge.fingerprint != ImplicitJudge(policy, ChatTokenizer(policy.tokenizer)).fingerprint
 
 
 def test_the_implicit_judge_of_a_run_is_its_adapter_on_its_base(recipe: Any, tmp_path: Path):
@@ -284,6 +295,45 @@ def test_a_reward_model_scores_by_the_command_on_its_own_base(reward_run: Path, 
     assert len(read_samples(judged)) == 3
     assert read_samples(judged)[0].line["judge"].startswith("reward:")
     assert "accuracy" in run_command("reward", "score", tmp_path / "pairs.jsonl", *words[3:5])
+
+
+def test_judges_follow_each_other_on_one_base_which_is_bare_afterwards(
+    reward_run: Path, recipe: Any, tmp_path: Path
+):
+    """Each gives the rewards that it gives alone on a base of its own, also after one that failed."""
+    changes = {"loss": BradleyTerry(), "run_directory": str(tmp_path / "second")}
+    second = train_reward(override(replace(recipe, **changes), ["training.seed=5"]), quiet=True).path
+    policy = train(replace(recipe, run_directory=str(tmp_path / "policy")), quiet=True).path
+    group = [candidates("the cat", "no no dog"), candidates("red", name="q")]
+    base = load_model(recipe.base)
+    chat, ids = ChatTokenizer(base.tokenizer), torch.arange(12)[None] + 3
+    seen = torch.ones_like(ids)
+
+    def logits() -> torch.Tensor:
+        with generating(base):
+            return base.causal(input_ids=ids, attention_mask=seen).logits
+
+    names, before, made = [name for name, _ in base.network.named_modules()], logits(), {}
+    for of in (f"reward:{reward_run}", f"reward:{second}", f"implicit:{policy}", f"reward:{reward_run}"):
+        with judge_on(Judge(of), base, chat) as judge:
+            rewards = judge(group)
+        alone = load_model(recipe.base)
+        expected = make_judge(Judge(of), alone, ChatTokenizer(alone.tokenizer))
+        assert (rewards, judge.fingerprint) == (expected(group), expected.fingerprint)
+        assert [name for name, _ in base.network.named_modules()] == names
+        assert torch.equal(logits(), before)
+        made[of] = rewards
+        with pytest.raises(KeyboardInterrupt), judge_on(Judge(of), base, chat):
+            raise KeyboardInterrupt
+        with pytest.raises(ModelError), judge_on(Judge(f"reward:{policy}"), base, chat):
+            pass
+    assert len({str(rewards) for rewards in made.values()}) == 3
+    adapted = load_adapter(base, str(policy / "adapter"))
+    with pytest.raises(ModelError, match="has adapters on"), judge_on(Judge(of), adapted, chat):
+        pass
+    with judge_on(Judge("implicit"), adapted, chat) as judge:
+        own = judge(group)
+    assert adapted.adapter_layers and own[0][0] != 0.0
 
 
 # Classifiers

@@ -39,6 +39,7 @@ from lora_dpo.judging import (
     FunctionJudge,
     ImplicitJudge,
     judge_file,
+    judge_on,
     judge_pairs,
     make_judge,
     read_samples,
@@ -46,9 +47,9 @@ from lora_dpo.judging import (
 )
 from lora_dpo.judging import guard as guarding
 from lora_dpo.losses import BradleyTerry
-from lora_dpo.model import Model, as_base, load_model
+from lora_dpo.model import Model, as_base, generating, load_adapter, load_model
 from lora_dpo.preferences import Demonstration, Where, load_preferences
-from lora_dpo.recipe import Adapter, Base, Data, Judge
+from lora_dpo.recipe import Adapter, Base, Data, Judge, override
 from lora_dpo.reward import train_reward
 from lora_dpo.tokenization import ChatTokenizer
 from lora_dpo.training import train
@@ -209,7 +210,7 @@ def test_the_end_of_turn_of_an_unfinished_response_does_not_count(policy: Model)
     assert made[0][0] != made[0][1]
 
 
-def test_an_adapter_that_changed_is_another_judge_and_no_adapter_is_none(policy: Model):
+def test_an_adapter_that_changed_is_another_judge(policy: Model):
     chat = ChatTokenizer(policy.tokenizer)
     before = ImplicitJudge(policy, chat).fingerprint
     assert ImplicitJudge(policy, chat).fingerprint == before
@@ -221,9 +222,19 @@ def test_an_adapter_that_changed_is_another_judge_and_no_adapter_is_none(policy:
         assert ImplicitJudge(policy, chat).fingerprint != before
     finally:
         first.data.copy_(kept)
+
+
+def test_without_an_adapter_every_implicit_reward_is_0_and_that_is_said(policy: Model):
     assert policy.base is not None
-    with pytest.raises(ModelError, match="every implicit reward is 0"):
-        make_judge(Judge("implicit"), load_model(policy.base), chat)
+    said: list[str] = []
+    done: list[int] = []
+    model = load_model(policy.base)
+    judge = make_judge(Judge("implicit"), model, ChatTokenizer(model.tokenizer), say=said.append)
+    group = [candidates("the cat", "no"), candidates("dog", name="q")]
+    assert judge(group, done.append) == [[0.0, 0.0], [0.0]]
+    assert sum(done) == 2
+    assert len(said) == 1 and "no adapter is on" in said[0]
+    assert judge.fingerprint != ImplicitJudge(policy, ChatTokenizer(policy.tokenizer)).fingerprint
 
 
 def test_the_implicit_judge_of_a_run_is_its_adapter_on_its_base(recipe: Any, tmp_path: Path):
@@ -284,6 +295,45 @@ def test_a_reward_model_scores_by_the_command_on_its_own_base(reward_run: Path, 
     assert len(read_samples(judged)) == 3
     assert read_samples(judged)[0].line["judge"].startswith("reward:")
     assert "accuracy" in run_command("reward", "score", tmp_path / "pairs.jsonl", *words[3:5])
+
+
+def test_judges_follow_each_other_on_one_base_which_is_bare_afterwards(
+    reward_run: Path, recipe: Any, tmp_path: Path
+):
+    """Each gives the rewards that it gives alone on a base of its own, also after one that failed."""
+    changes = {"loss": BradleyTerry(), "run_directory": str(tmp_path / "second")}
+    second = train_reward(override(replace(recipe, **changes), ["training.seed=5"]), quiet=True).path
+    policy = train(replace(recipe, run_directory=str(tmp_path / "policy")), quiet=True).path
+    group = [candidates("the cat", "no no dog"), candidates("red", name="q")]
+    base = load_model(recipe.base)
+    chat, ids = ChatTokenizer(base.tokenizer), torch.arange(12)[None] + 3
+    seen = torch.ones_like(ids)
+
+    def logits() -> torch.Tensor:
+        with generating(base):
+            return base.causal(input_ids=ids, attention_mask=seen).logits
+
+    names, before, made = [name for name, _ in base.network.named_modules()], logits(), {}
+    for of in (f"reward:{reward_run}", f"reward:{second}", f"implicit:{policy}", f"reward:{reward_run}"):
+        with judge_on(Judge(of), base, chat) as judge:
+            rewards = judge(group)
+        alone = load_model(recipe.base)
+        expected = make_judge(Judge(of), alone, ChatTokenizer(alone.tokenizer))
+        assert (rewards, judge.fingerprint) == (expected(group), expected.fingerprint)
+        assert [name for name, _ in base.network.named_modules()] == names
+        assert torch.equal(logits(), before)
+        made[of] = rewards
+        with pytest.raises(KeyboardInterrupt), judge_on(Judge(of), base, chat):
+            raise KeyboardInterrupt
+        with pytest.raises(ModelError), judge_on(Judge(f"reward:{policy}"), base, chat):
+            pass
+    assert len({str(rewards) for rewards in made.values()}) == 3
+    adapted = load_adapter(base, str(policy / "adapter"))
+    with pytest.raises(ModelError, match="has adapters on"), judge_on(Judge(of), adapted, chat):
+        pass
+    with judge_on(Judge("implicit"), adapted, chat) as judge:
+        own = judge(group)
+    assert adapted.adapter_layers and own[0][0] != 0.0
 
 
 # Classifiers
@@ -476,6 +526,23 @@ def test_every_response_gets_its_reward_and_the_rest_of_the_line_stays(tmp_path:
         assert new == old
 
 
+def test_what_the_row_had_for_the_template_reaches_the_judge_and_the_files(tmp_path: Path):
+    had = {"tools": [{"name": "hat"}], "chat_template_kwargs": {"tone": "red"}}
+    samples, judged = tmp_path / "samples.jsonl", tmp_path / "judged.jsonl"
+    samples.write_text(json.dumps(sample_line(0, "a", "a b") | had) + "\n")
+    seen = read_samples(samples)[0].candidates
+    assert seen.tools == ({"name": "hat"},) and seen.template_kwargs == {"tone": "red"}
+    judge_file(FunctionJudge(words), samples, judged)
+    again = load_preferences(Data(str(judged))).train
+    judge_pairs(FunctionJudge(words), again, output=tmp_path / "scored.jsonl")
+    for file in (judged, tmp_path / "scored.jsonl"):
+        line = json.loads(file.read_text())
+        assert {key: line[key] for key in had} == had
+    samples.write_text(json.dumps(sample_line(0, "a", "a b") | {"tools": "hat"}) + "\n")
+    with pytest.raises(DataError, match=r"samples\.jsonl row 1: malformed tools"):
+        read_samples(samples)
+
+
 def test_a_judged_file_that_was_cut_anywhere_ends_as_if_it_had_not_been(tmp_path: Path):
     samples, output = write_samples(tmp_path / "samples.jsonl", 7), tmp_path / "judged.jsonl"
     judge_file(FunctionJudge(words), samples, output)
@@ -623,6 +690,27 @@ def test_score_and_pair_by_the_commands(tmp_path: Path):
     assert re.search(r"accuracy +1\.000 \[1\.000, 1\.000\]", said)
 
 
+def test_pairs_with_a_bad_row_are_judged_as_the_advice_says(tmp_path: Path):
+    (tmp_path / "rules.py").write_text("def count(prompt, response):\n    return len(response.split())\n")
+    rows = [{"prompt": "p", "chosen": f"a b {n}", "rejected": "a"} for n in range(3)]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(
+        "".join(json.dumps(row) + "\n" for row in [rows[0], {"prompt": "p", "chosen": ""}, *rows])
+    )
+    command = ["reward", "score", str(pairs), "--judge", f"function:{tmp_path / 'rules.py'}:count"]
+    with pytest.raises(DataError, match=r"row 2.*data\.on_bad_row=skip"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert "4 pairs, mean" in run_command(*command, "data.on_bad_row=skip")
+    assert "2 pairs, mean" in run_command(*command, "data.on_bad_row=skip", "data.max_rows=2")
+    with pytest.raises(RecipeError, match=r"data\.max_tokens changes nothing.*data\.on_bad_row"):
+        CliRunner().invoke(app, [*command, "data.max_tokens=9"], catch_exceptions=False)
+    samples = write_samples(tmp_path / "samples.jsonl", 1)
+    with pytest.raises(RecipeError, match="is for preference pairs"):
+        CliRunner().invoke(
+            app, [*command[:2], str(samples), *command[3:], "data.max_rows=2"], catch_exceptions=False
+        )
+
+
 def test_options_that_are_wrong_name_their_key(tmp_path: Path):
     samples = write_samples(tmp_path / "samples.jsonl", 1)
     (tmp_path / "rules.py").write_text("def count(prompt, response):\n    return 1\n")
@@ -676,11 +764,25 @@ def test_the_report_by_hand():
     assert found["reward_length_spearman"] == pytest.approx(1.0)  # the second prompt's lengths don't vary
     assert found["held_out_pearson"] == pytest.approx((1.0 - 1.0) / 2, abs=1e-12)
     untold = guarding.report([candidates("a b")], [[1.0]])
+    # Sums of the prompts' differences from the mean 0.6: −1.8 and 1.8, of five responses.
+    assert found["reward_se"] == pytest.approx(math.sqrt(2 * (1.8**2 + 1.8**2)) / 5)
     assert untold.keys() == {"reward", "words", "repetition", "distinct_1", "distinct_2"}
+
+
+def test_the_standard_error_is_that_of_the_means_of_prompts():
+    groups = np.random.default_rng(1).normal(size=(9, 4))
+    expected = groups.mean(axis=1).std(ddof=1) / 3
+    assert guarding.standard_error(groups.tolist()) == pytest.approx(expected)
+    assert guarding.standard_error([[2.0, 2.0], [2.0]]) == 0
+    assert math.isnan(guarding.standard_error([[1.0, 2.0]]))
+
+
+SURE = {"reward_se": 0.01, "reward_held_out_se": 0.01, "reward_length_spearman_se": 0.01}
 
 
 def test_a_fooled_judge_is_warned_of_in_words_and_an_honest_one_is_not():
     before = {"reward": 0.1, "reward_held_out": 0.1, "tokens": 50.0, "repetition": 0.0, "unfinished": 0.0}
+    before |= SURE
     assert guarding.compare(before, before | {"reward": 0.5, "reward_held_out": 0.2, "tokens": 60.0}) == []
     fooled = guarding.compare(before, before | {"reward": 0.5, "reward_held_out": 0.0})
     assert len(fooled) == 1
@@ -688,3 +790,31 @@ def test_a_fooled_judge_is_warned_of_in_words_and_an_honest_one_is_not():
     longer = guarding.compare(before, before | {"tokens": 90.0, "repetition": 0.3, "unfinished": 0.5})
     assert [line.split()[0] for line in longer] == ["responses", "repeated", "unfinished"]
     assert guarding.compare({"reward": 0.1}, {"reward": 0.5}) == []
+
+
+def test_a_difference_of_rewards_within_its_noise_is_not_said():
+    """A standard error of the difference is √2 × 0.1; 1.96 of them are 0.277."""
+    noisy = dict.fromkeys(SURE, 0.1)
+    before = {"reward": 0.0, "reward_held_out": 0.0, "reward_length_spearman": 0.4} | noisy
+    for size, said in ((0.27, 0), (0.28, 2)):
+        now = {"reward": size, "reward_held_out": -size, "reward_length_spearman": 0.4 + size} | noisy
+        assert len(guarding.compare(before, now)) == said
+        assert len(guarding.compare(before, now | {"reward_held_out": 0.0})) == said / 2
+        untold = {name: value for name, value in now.items() if not name.endswith("_se")}
+        assert guarding.compare(before, untold) == []
+
+
+def test_what_grows_a_little_every_round_is_said_by_round_0():
+    first = {"tokens": 50.0, "repetition": 0.0, "reward": 0.0, "reward_held_out": 0.5} | SURE
+    second = first | {"tokens": 64.0, "repetition": 0.09}
+    third = first | {"tokens": 80.0, "repetition": 0.18, "reward": 0.02, "reward_held_out": 0.48}
+    fourth = third | {"reward": 0.04, "reward_held_out": 0.46}
+    assert guarding.compare(first, second, first) == []
+    assert guarding.compare(second, third) == []
+    assert [line.split(":")[0] for line in guarding.compare(second, third, first)] == [
+        "responses grew 50 → 80 tokens since round 0",
+        "repeated 4-grams rose 0% → 18% of responses since round 0",
+    ]
+    assert "fell 0.500 → 0.460 since round 0" in guarding.compare(third, fourth, first)[0]
+    # What the last round alone did is said of it.
+    assert "responses grew 50 → 80 tokens:" in guarding.compare(first, third, first)[0]

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 from lora_dpo.errors import DataError, RecipeError
 from lora_dpo.judging import Pair, Response, pair, pair_file
 from lora_dpo.judging.pairing import (
+    CUT,
+    CUT_FOR_SECOND,
     EQUAL,
     LENGTHS,
+    LENGTHS_FOR_SECOND,
     MARGIN,
     TOO_FEW,
     TOO_FEW_FOR_SECOND,
@@ -163,6 +166,33 @@ def test_an_unfinished_response_is_not_chosen_unless_it_may_be():
     assert places(pair(responses, "x", Pairing(keep_unfinished=True))) == (0, 2)
     cut = [Response(n, f"cut {n}", float(n), 5, finished=False) for n in range(3)]
     assert pair(cut, "x", Pairing()) == UNFINISHED
+
+
+def test_of_equal_texts_the_one_that_ended_by_itself_counts():
+    cut, ended = Response(0, "yes", 0.9, 5, finished=False), Response(1, "yes ", 0.8, 5)
+    worse = Response(2, "no", 0.1, 5)
+    found = pair([cut, ended, worse], "x", Pairing())
+    assert isinstance(found, Pair) and found.chosen is ended and found.rejected is worse
+    found = pair([cut, ended, replace(worse, reward=2.0)], "x", Pairing())
+    assert isinstance(found, Pair) and found.rejected is ended
+
+
+def test_a_better_response_that_did_not_end_is_neither_chosen_nor_the_second_worst():
+    cut = Response(0, "cut", 5.0, 5, finished=False)
+    chosen, low, lower = Response(1, "b", 3.0, 5), Response(2, "c", 1.0, 5), Response(3, "d", 0.0, 5)
+    for strategy in ("best_worst", "best_second_worst", "best_random"):
+        assert pair([cut, chosen], "x", Pairing(strategy=strategy)) == CUT
+    second = Pairing(strategy="best_second_worst")
+    assert pair([cut, chosen, low], "x", second) == CUT_FOR_SECOND
+    assert places(pair([cut, chosen, low, lower], "x", second)) == (1, 2)
+    assert places(pair([cut, chosen, low], "x", replace(second, keep_unfinished=True))) == (0, 1)
+
+
+def test_a_second_worst_that_is_missing_for_its_length_is_said_to_be():
+    responses = [Response(0, "a", 1.0, 10), Response(1, "b", 0.0, 31), Response(2, "c", 0.5, 15)]
+    second = Pairing(strategy="best_second_worst", max_length_ratio=3)
+    assert pair(responses, "x", second) == LENGTHS_FOR_SECOND
+    assert places(pair(responses, "x", replace(second, max_length_ratio=4))) == (0, 2)
 
 
 def test_a_bound_on_the_length_ratio_leaves_out_what_is_too_long_or_short():

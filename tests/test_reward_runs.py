@@ -13,7 +13,7 @@ import torch
 from builders import pair_rows, save_small_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_reward import ASK, by_transformers, conversations, flat, one_at_a_time
+from test_reward import ASK, by_transformers, conversations, flat, in_one_batch, one_at_a_time
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 from typer.testing import CliRunner
 
@@ -39,7 +39,7 @@ from lora_dpo.recipe import (
 from lora_dpo.reward import RewardModel, applying, as_reward_recipe, train_reward
 from lora_dpo.run_directory import RunDirectory
 from lora_dpo.tokenization import ChatTokenizer
-from lora_dpo.training import Record, train
+from lora_dpo.training import Display, Record, train
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
@@ -113,7 +113,11 @@ def test_transformers_loads_the_run_on_an_nf4_base(run: RunDirectory, skip: list
     base = load_recipe(run.recipe_file).base
     theirs = by_transformers(base.model, run.adapter_folder, quantization_config=quantization)
     assert type(theirs.base_model.model.score.modules_to_save["default"]) is torch.nn.Linear  # pyright: ignore
-    assert flat(rewarder.rewards(items)) == pytest.approx(flat(one_at_a_time(theirs, items)), abs=1e-5)
+    found = flat(rewarder.rewards(items))
+    assert found == pytest.approx(flat(one_at_a_time(theirs, items)), abs=1e-5)
+    pad = theirs.config.pad_token_id
+    for left in (False, True):
+        assert found == pytest.approx(in_one_batch(theirs, items, pad, left), abs=1e-5)
 
 
 def test_a_killed_run_goes_on_to_the_same_adapter(reward_recipe: Recipe, tmp_path: Path):
@@ -288,7 +292,26 @@ def test_it_is_exported_as_an_adapter_and_as_nothing_else(run: RunDirectory, tmp
     assert other.rewards(items) == rewarder.rewards(items)
 
 
+def test_the_python_that_loads_an_exported_adapter_runs_from_any_folder(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    export(find_source(run.path), "adapter", Path("out"), display=Display())
+    said = capsys.readouterr().out
+    assert f"PeftModel.from_pretrained(base, {str(tmp_path / 'out')!r})" in said
+    assert f"AutoTokenizer.from_pretrained({str(tmp_path / 'out')!r})" in said
+
+
 # The command
+
+
+@pytest.mark.parametrize(("loss", "kind"), [(BradleyTerry(), "adapter"), (DPO(), "merged")])
+def test_train_advises_an_export_that_the_run_can_be(recipe: Recipe, tmp_path: Path, loss: Any, kind: str):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(to_yaml(dataclasses.replace(recipe, loss=loss)))
+    done = CliRunner().invoke(app, ["train", str(file), "training.max_steps=1"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert f"export:   lora-dpo export {recipe.run_directory} --to {kind}\n" in done.output
 
 
 def test_the_command_trains_and_says_the_held_out_accuracy(recipe: Recipe, tmp_path: Path):

@@ -13,11 +13,14 @@ from lora_dpo.cli.reward import reward_app
 
 if TYPE_CHECKING:
     from lora_dpo.model import Model
-    from lora_dpo.recipe import Judge
+    from lora_dpo.recipe import Data, Judge
     from lora_dpo.tokenization import ChatTokenizer
     from lora_dpo.training import Display
 
 TAKES_KEYS = {"allow_extra_args": True}
+READS = ("format", "max_rows", "on_bad_row")
+"""The keys of `Data` that say how pairs to judge are read."""
+
 Part = TypeVar("Part")
 
 
@@ -45,7 +48,8 @@ def score_command(
     Keys of the judge can follow: lora-dpo reward score SAMPLES --judge endpoint:URL model=NAME timeout=30.
 
     Of samples a judged file is written, an ordinary preference file of ranked responses. Of preference pairs
-    the judge's accuracy is printed, with a 95% bootstrap interval.
+    the judge's accuracy is printed, with a 95% bootstrap interval; data.on_bad_row=skip, data.format and
+    data.max_rows say how they are read.
     """
     from lora_dpo.errors import RecipeError
     from lora_dpo.judging import judge_file, make_judge
@@ -53,13 +57,19 @@ def score_command(
     from lora_dpo.training import Display
 
     display = Display()
-    chosen = with_keys(Judge, context.args, of=judge)
+    reading = [word for word in context.args if word.lstrip("-").startswith("data.")]
+    chosen = with_keys(Judge, [word for word in context.args if word not in reading], of=judge)
     are_samples = _are_samples(samples)
+    if are_samples and reading:
+        raise RecipeError(
+            f"{reading[0]!r} is for preference pairs, and {samples} holds samples: leave it out"
+        )
+    data = None if are_samples else _reading(reading, samples)
     if are_samples and output is None:
         raise RecipeError("--output names the judged file that is to be written")
     made = make_judge(chosen, *_base(chosen, base), say=display.say)
-    if not are_samples:
-        _score_pairs(made, samples, output, display)
+    if data is not None:
+        _score_pairs(made, data, output, display)
         return
     assert output is not None
     done = judge_file(made, samples.expanduser(), output.expanduser(), display)
@@ -120,6 +130,19 @@ def _are_samples(file: Path) -> bool:
     return is_samples(file.expanduser())
 
 
+def _reading(words: Sequence[str], file: Path) -> Data:
+    """How preference pairs are read. Raises RecipeError for keys that would change nothing of that."""
+    from lora_dpo.errors import RecipeError
+    from lora_dpo.recipe import Data
+
+    for word in words:
+        key = word.partition("=")[0].strip().lstrip("-")
+        if key.removeprefix("data.") not in READS:
+            takes = ", ".join(f"data.{name}" for name in READS)
+            raise RecipeError(f"{key} changes nothing of how pairs are judged here: the keys are {takes}")
+    return with_keys(Data, words, train=str(file))
+
+
 def _base(judge: Judge, base: str | None) -> tuple[Model | None, ChatTokenizer | None]:
     """The one base, bare, for a judge that runs on it; a run's own where none is named."""
     from lora_dpo.errors import RecipeError
@@ -138,12 +161,11 @@ def _base(judge: Judge, base: str | None) -> tuple[Model | None, ChatTokenizer |
     return model, chat_tokenizer(model.tokenizer, recipe.data)
 
 
-def _score_pairs(judge: Any, file: Path, output: Path | None, display: Display) -> None:
+def _score_pairs(judge: Any, data: Data, output: Path | None, display: Display) -> None:
     from lora_dpo.judging import judge_pairs
     from lora_dpo.preferences import describe_skipped, load_preferences
-    from lora_dpo.recipe import Data
 
-    loaded = load_preferences(Data(str(file)))
+    loaded = load_preferences(data)
     for line in describe_skipped(loaded):
         display.say(line)
     found = judge_pairs(judge, loaded.train, output=output.expanduser() if output else None, display=display)

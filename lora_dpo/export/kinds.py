@@ -100,7 +100,7 @@ def _export_adapter(source: Source, to: Path, options: Options, *, display: Disp
 def _say_how_to_serve(folder: Path, source: Source, display: Display) -> None:
     """What servers will choke on, and the command lines that work; PEFT's Python is in the card."""
     if source.is_reward:
-        display.say(f"\ntransformers and PEFT:\n{sequence_classifier(folder, source.base)}")
+        display.say(f"\ntransformers and PEFT:\n{sequence_classifier(folder.resolve(), source.base)}")
         return
     say_all(display, [str(finding) for finding in lint(folder, source.base)])
     for server, line in commands(folder, source.base).items():

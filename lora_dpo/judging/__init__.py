@@ -15,7 +15,7 @@ from lora_dpo.judging.function import FunctionJudge
 from lora_dpo.judging.implicit import ImplicitJudge
 from lora_dpo.judging.judges import Candidates, JudgeProtocol, tag
 from lora_dpo.judging.labelled import Agreement, judge_pairs
-from lora_dpo.judging.making import make_judge
+from lora_dpo.judging.making import judge_on, make_judge
 from lora_dpo.judging.pairing import Pair, Response, pair
 from lora_dpo.judging.pairs_file import NoPairsError, Paired, pair_file
 
@@ -31,6 +31,7 @@ __all__ = [
     "Paired",
     "Response",
     "judge_file",
+    "judge_on",
     "judge_pairs",
     "make_judge",
     "pair",

@@ -19,7 +19,7 @@ from lora_dpo.judging.judges import Candidates, JudgeProtocol, at_once, check_re
 from lora_dpo.preferences import Where
 from lora_dpo.preferences.json_rows import read_jsonl
 from lora_dpo.preferences.records import RefusalError
-from lora_dpo.preferences.validate import check_unicode
+from lora_dpo.preferences.validate import check_unicode, template_kwargs_of, tools_of
 from lora_dpo.run_directory import GrowingFile, growing
 from lora_dpo.training import Display
 
@@ -112,10 +112,7 @@ def judged_line(row: Sampled, rewards: Sequence[float], judge: JudgeProtocol) ->
         {**response, "score": float(reward)}
         for response, reward in zip(row.line["responses"], rewards, strict=True)
     ]
-    line = {key: value for key, value in row.line.items() if key not in ("template_kwargs", "details")}
-    if row.candidates.template_kwargs:
-        line["chat_template_kwargs"] = dict(row.candidates.template_kwargs)  # as preference files call it
-    return {**line, "responses": responses, "judge": tag(judge)}
+    return {**row.line, "responses": responses, "judge": tag(judge)}
 
 
 def _judge(
@@ -160,6 +157,8 @@ def _sampled(where: Where, row: object) -> Sampled:
         raise DataError(f"{where}: {row.reason}: {row.detail}")
     try:
         check_unicode(row, "the line")
+        columns = row if isinstance(row, dict) else {}
+        tools, kwargs = tools_of(columns), template_kwargs_of(columns)  # as preference files call them
     except RefusalError as refusal:
         raise DataError(f"{where}: {refusal.reason}: {refusal.detail}") from None
     if not isinstance(row, dict) or not isinstance(row.get("responses"), list) or not row["responses"]:
@@ -173,14 +172,12 @@ def _sampled(where: Where, row: object) -> Sampled:
         raise DataError(f'{where}: "prompt" is a list of messages, or rendered text')
     if not isinstance(name, str) or not name:
         raise DataError(f'{where}: "id" names the prompt')
-    kwargs = row.get("chat_template_kwargs") or row.get("template_kwargs") or {}
-    tools = row.get("tools")
     told = all("finished" in r and "tokens" in r for r in responses)
     candidates = Candidates(
         id=name,
         prompt=prompt if isinstance(prompt, str) else tuple(prompt),
         responses=tuple(r["text"] for r in responses),
-        tools=tuple(tools) if tools else None,
+        tools=tools,
         template_kwargs=kwargs,
         tokens=tuple(int(r["tokens"]) for r in responses) if told else (),
         finished=tuple(bool(r["finished"]) for r in responses) if told else (),

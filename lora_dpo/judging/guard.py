@@ -24,6 +24,12 @@ MORE = 0.1
 BY_LENGTH = 0.5
 """A correlation of reward and length within prompts that is warned of."""
 
+KINDS = ("exploited", "length", "repetition", "unfinished", "by_length")
+"""What is warned of, in the order in which it is said."""
+
+NOISE = 1.96
+"""Standard errors of a difference; what lies within so many may be chance (95%, two-sided normal)."""
+
 
 def report(
     groups: Sequence[Candidates],
@@ -38,11 +44,14 @@ def report(
     max_new_tokens.
     reward_length_pearson, reward_length_spearman: correlation of reward and length within a prompt, meaned
     over the prompts where both vary. held_out_pearson: the same of both judges.
+    reward_se, reward_held_out_se, reward_length_spearman_se: standard errors of those means, over prompts, as
+    the responses to one prompt are not independent. They need two prompts.
     """
     texts = [text for group in groups for text in group.responses]
     words = [text.split() for text in texts]
     figures = {
         "reward": _mean([score for own in scores for score in own]),
+        "reward_se": standard_error(scores),
         "words": _mean([len(own) for own in words]),
         "repetition": _mean([repetition(own) for own in words]),
         "distinct_1": distinct_share(words, 1),
@@ -53,47 +62,78 @@ def report(
     if all(group.finished for group in groups):
         figures["unfinished"] = _mean([not ended for group in groups for ended in group.finished])
     lengths = [[float(n) for n in _lengths(group)] for group in groups]
-    figures["reward_length_pearson"] = within_prompts(scores, lengths)
-    figures["reward_length_spearman"] = within_prompts(list(map(ranks, scores)), list(map(ranks, lengths)))
+    figures["reward_length_pearson"] = _mean(within_prompts(scores, lengths))
+    spearman = within_prompts(list(map(ranks, scores)), list(map(ranks, lengths)))
+    figures["reward_length_spearman"] = _mean(spearman)
+    figures["reward_length_spearman_se"] = standard_error([[value] for value in spearman])
     if held_out_scores is not None:
         figures["reward_held_out"] = _mean([score for own in held_out_scores for score in own])
-        figures["held_out_pearson"] = within_prompts(scores, held_out_scores)
+        figures["reward_held_out_se"] = standard_error(held_out_scores)
+        figures["held_out_pearson"] = _mean(within_prompts(scores, held_out_scores))
     return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
-def compare(previous: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
-    """In words what speaks for a fooled judge, of two reports; empty where nothing does."""
+def compare(
+    previous: Mapping[str, float], now: Mapping[str, float], first: Mapping[str, float] | None = None
+) -> list[str]:
+    """In words what speaks for a fooled judge, of reports; empty where nothing does.
+
+    previous: of the round before. first: of round 0, which shows what grows a little every round; a finding
+    is said once, by the round before if that shows it. Rewards, and their correlation with length, are said
+    to have changed where the difference is beyond its noise (`changed`), so never without standard errors.
+    """
+    found = _findings(previous, now, "")
+    if first is not None:
+        found = _findings(first, now, " since round 0") | found
+    return [found[kind] for kind in KINDS if kind in found]
+
+
+def changed(name: str, before: Mapping[str, float], now: Mapping[str, float]) -> int:
+    """1 where a mean rose, −1 where it fell, 0 where that may be chance or is not known.
+
+    The difference of means is compared with `NOISE` × √(se² + se²), as of independent prompts. Reports on the
+    same prompts differ by less chance than that, so what is said holds there all the more.
+    """
+    error = f"{name}_se"
+    if not all(key in report for key in (name, error) for report in (before, now)):
+        return 0
+    difference = now[name] - before[name]
+    if abs(difference) <= NOISE * math.hypot(before[error], now[error]):
+        return 0
+    return 1 if difference > 0 else -1
+
+
+def _findings(before: Mapping[str, float], now: Mapping[str, float], since: str) -> dict[str, str]:
+    """By kind. since: closes what is said of a change."""
 
     def both(name: str) -> tuple[float, float] | None:
-        return (previous[name], now[name]) if name in previous and name in now else None
+        return (before[name], now[name]) if name in before and name in now else None
 
-    lines = []
-    reward, held_out = both("reward"), both("reward_held_out")
-    if reward and held_out and reward[1] > reward[0] and held_out[1] < held_out[0]:
-        lines.append(
-            f"reward rose {reward[0]:.3f} → {reward[1]:.3f} while the held-out judge's fell"
-            f" {held_out[0]:.3f} → {held_out[1]:.3f}: the judge is being exploited, not satisfied; stop here,"
-            " or train the reward model on the new responses"
+    found = {}
+    if changed("reward", before, now) > 0 > changed("reward_held_out", before, now):
+        found["exploited"] = (
+            f"reward rose {before['reward']:.3f} → {now['reward']:.3f} while the held-out judge's fell"
+            f" {before['reward_held_out']:.3f} → {now['reward_held_out']:.3f}{since}: the judge is being"
+            " exploited, not satisfied; stop here, or train the reward model on the new responses"
         )
-    for name, unit in (("tokens", "tokens"), ("words", "words")):
-        length = both(name)
-        if length is not None and length[1] > GROWTH * max(length[0], 1.0):
-            lines.append(
-                f"responses grew {length[0]:.0f} → {length[1]:.0f} {unit}: pair within a length"
-                " (pairing.max_length_ratio, pairing.length_slack), or take a judge that length does not move"
-            )
-            break
+    unit = "tokens" if both("tokens") else "words"
+    length = both(unit)
+    if length is not None and length[1] > GROWTH * max(length[0], 1.0):
+        found["length"] = (
+            f"responses grew {length[0]:.0f} → {length[1]:.0f} {unit}{since}: pair within a length"
+            " (pairing.max_length_ratio, pairing.length_slack), or take a judge that length does not move"
+        )
     for name, what in (("repetition", "repeated 4-grams"), ("unfinished", "unfinished responses")):
         share = both(name)
         if share is not None and share[1] - share[0] > MORE:
-            lines.append(f"{what} rose {share[0]:.0%} → {share[1]:.0%} of responses: look at samples")
-    correlation = both("reward_length_spearman")
-    if correlation is not None and correlation[1] > BY_LENGTH and correlation[1] > correlation[0]:
-        lines.append(
-            f"within a prompt, reward follows length more than before (Spearman {correlation[0]:.2f} →"
-            f" {correlation[1]:.2f})"
+            found[name] = f"{what} rose {share[0]:.0%} → {share[1]:.0%} of responses{since}: look at samples"
+    name = "reward_length_spearman"
+    if changed(name, before, now) > 0 and now[name] > BY_LENGTH:
+        found["by_length"] = (
+            f"within a prompt, reward follows length more than before{since} (Spearman {before[name]:.2f} →"
+            f" {now[name]:.2f})"
         )
-    return lines
+    return found
 
 
 def repetition(words: Sequence[str], gram: int = GRAM) -> float:
@@ -108,12 +148,24 @@ def distinct_share(texts: Sequence[Sequence[str]], gram: int) -> float:
     return len(set(grams)) / len(grams) if grams else math.nan
 
 
-def within_prompts(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
-    """Pearson's correlation of two numbers of each response, within each prompt, meaned over prompts; NaN
-    where in none of them both vary.
+def standard_error(groups: Sequence[Sequence[float]]) -> float:
+    """Of the mean of all numbers; groups, the prompts, are independent. NaN of a single one.
+
+    √(G/(G−1) · Σ_g (Σ_i (x_gi − mean))²) / N, the robust variance of Liang & Zeger 1986; of groups of one
+    size, the standard deviation of their means over √G.
     """
+    if len(groups) < 2:
+        return math.nan
+    mean = _mean([value for own in groups for value in own])
+    sums = np.array([sum(value - mean for value in own) for own in groups])
+    count = sum(len(own) for own in groups)
+    return math.sqrt(len(groups) / (len(groups) - 1) * float(sums @ sums)) / count
+
+
+def within_prompts(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> list[float]:
+    """Pearson's correlation of two numbers of each response, within each prompt where both vary."""
     found = [pearson(np.asarray(x, float), np.asarray(y, float)) for x, y in zip(a, b, strict=True)]
-    return _mean([value for value in found if not math.isnan(value)])
+    return [value for value in found if not math.isnan(value)]
 
 
 def pearson(x: NDArray[np.float64], y: NDArray[np.float64]) -> float:

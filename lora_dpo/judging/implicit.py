@@ -13,10 +13,9 @@ from peft import PeftModel
 from torch import Tensor
 
 from lora_dpo.batching import MicroBatch
-from lora_dpo.errors import ModelError
 from lora_dpo.evaluation import each_microbatch
 from lora_dpo.judging.conversations import Conversations
-from lora_dpo.judging.identity import model_fingerprint
+from lora_dpo.judging.identity import base_content, model_fingerprint
 from lora_dpo.judging.judges import Candidates, distinct, fingerprint, where
 from lora_dpo.logprobs import token_logprobs
 from lora_dpo.model import Model, as_policy
@@ -31,8 +30,8 @@ class ImplicitJudge:
     """Rewards of the model's policy against its reference, in the roles that they have.
 
     Responses count whole, with their end-of-turn; of one that is known to be unfinished, without. per_token:
-    divide by the number of tokens that count. Raises ModelError for a model without an adapter, whose
-    implicit reward is 0 everywhere.
+    divide by the number of tokens that count. Where no adapter is on, the policy is its reference and every
+    reward is 0.0, which `say` is told; nothing is computed then.
     """
 
     name = "implicit"
@@ -47,22 +46,25 @@ class ImplicitJudge:
         tokens_per_microbatch: int = 8192,
         say: Callable[[str], None] = lambda line: None,
     ):
-        if not isinstance(model.network, PeftModel) or not model.policy_adapters:
-            raise ModelError(
-                "judge.of: without an adapter the policy is its reference, and every implicit reward is 0:"
-                " name a run, as implicit:RUN"
-            )
+        names = {*model.policy_adapters, *model.reference_adapters}
+        network = model.network
+        self._adapted = isinstance(network, PeftModel) and not names.isdisjoint(network.peft_config)
+        if not self._adapted:
+            say("implicit rewards: no adapter is on, so the policy is its reference, and every reward is 0")
         self.model, self.beta, self.per_token = model, beta, per_token
         self._budget, self._say = tokens_per_microbatch, say
         self._conversations = Conversations(model.tokenizer, chat.chat_template)
-        self.fingerprint = fingerprint(
-            "implicit", model_fingerprint(model, say), chat.chat_template, beta, per_token
-        )
+        policy = model_fingerprint(model, say) if self._adapted else base_content(model, say)
+        self.fingerprint = fingerprint("implicit", policy, chat.chat_template, beta, per_token)
 
     def __call__(
         self, group: Sequence[Candidates], progress: Callable[[int], None] | None = None
     ) -> list[list[float]]:
         """Raises DataError or ModelError, naming the prompt, where the template refuses one."""
+        if not self._adapted:
+            if progress is not None:
+                progress(len(group))
+            return [[0.0] * len(candidates.responses) for candidates in group]
         made = [self._branches(candidates) for candidates in group]
         rewards: list[list[float]] = [[] for _ in group]
         for numbers in _alike([item for item, _ in made]):

@@ -110,5 +110,7 @@ def _write(
             "id": candidates.id,
             "judge": tag(judge),
         }
+        line |= {"tools": values["tools"]} if candidates.tools else {}
+        line |= {"chat_template_kwargs": values["template_kwargs"]} if candidates.template_kwargs else {}
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_text(output, "".join(lines))

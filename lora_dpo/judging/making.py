@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,15 @@ from lora_dpo.judging.function import FunctionJudge, function_judge
 from lora_dpo.judging.implicit import BETA, ImplicitJudge
 from lora_dpo.judging.judges import JudgeProtocol
 from lora_dpo.judging.reward_model import RewardJudge
-from lora_dpo.model import Model, load_adapter
+from lora_dpo.model import Model, bare, load_adapter
+from lora_dpo.model.bare import check_bare
 from lora_dpo.recipe import Judge, Recipe, load_recipe
 from lora_dpo.run_directory import RunDirectory
 from lora_dpo.tokenization import ChatTokenizer
 from lora_dpo.training import chat_tokenizer
+
+ON_THE_BASE = ("reward", "implicit")
+"""Kinds of judges that are adapters on the one base, where they name one."""
 
 
 def make_judge(
@@ -33,7 +38,8 @@ def make_judge(
     """The judge that a recipe names, or a Python function as one.
 
     model, chat: the one base, on which reward models and implicit rewards are computed, and its tokenizer;
-    "implicit:RUN" loads the run's own base where none is given. Raises RecipeError for options that can't be,
+    "implicit:RUN" loads the run's own base where none is given. What a judge puts on a base stays there;
+    `judge_on` takes it off again. Raises RecipeError for options that can't be,
     ModelError and RunError for what can't be loaded.
     """
     if not isinstance(judge, Judge):
@@ -49,6 +55,31 @@ def make_judge(
     if model is None or chat is None:
         raise RecipeError(f"judge.of got {judge.of!r}: a reward model needs its base: name it with --base")
     return RewardJudge(judge, model, chat, say)
+
+
+@contextmanager
+def judge_on(
+    judge: Judge | Callable[..., Any],
+    model: Model | None = None,
+    chat: ChatTokenizer | None = None,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> Iterator[JudgeProtocol]:
+    """`make_judge`, and what the judge puts on the base is off again afterwards: the next one finds the base
+    as this one did.
+
+    "reward:FOLDER" and "implicit:RUN" take a bare base, which is bare again after an error too; the judge is
+    not to be used any more then. "implicit" takes the model as it is, and puts nothing there. Raises what
+    `make_judge` raises, and ModelError where that base has adapters on.
+    """
+    if not isinstance(judge, Judge) or model is None or not (judge.what and judge.kind in ON_THE_BASE):
+        yield make_judge(judge, model, chat, say=say)
+        return
+    check_bare(model)
+    try:
+        yield make_judge(judge, model, chat, say=say)
+    finally:
+        bare(model)
 
 
 def _implicit(

@@ -1,7 +1,8 @@
 """The judged responses of a prompt → a preference pair, or the reason why there is none.
 
 Responses without text are left out, and of those that say the same (white space at the ends aside) one is
-kept. The best is chosen, the earliest of equally good ones. Which is rejected says `Pairing`.
+kept. The best that may be chosen is, the earliest of equally good ones. Which of those that are no better is
+rejected says `Pairing`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from lora_dpo.recipe import Pairing
 TOO_FEW = "fewer than two different responses"
 TOO_FEW_FOR_SECOND = "fewer than three different responses, so there is no second-worst"
 UNFINISHED = "no response ended by itself"
+CUT = "every response but the chosen one is a better one that did not end by itself"
+CUT_FOR_SECOND = "a better response did not end by itself, so there is no second-worst"
 LENGTHS = "no response of like length"
+LENGTHS_FOR_SECOND = "fewer than two responses of like length, so there is no second-worst"
 EQUAL = "all rewards are equal"
 MARGIN = "the margin is too small"
 
@@ -58,8 +62,10 @@ def pair(responses: Sequence[Response], name: str, pairing: Pairing) -> Pair | s
     if not able:
         return UNFINISHED
     chosen = max(able, key=lambda r: (r.reward, -r.place))
-    others = [r for r in usable if r is not chosen]
-    near = [r for r in others if within(pairing.max_length_ratio, chosen, r)]
+    below = [r for r in usable if r is not chosen and r.reward <= chosen.reward]
+    if not below:
+        return CUT
+    near = [r for r in below if within(pairing.max_length_ratio, chosen, r)]
     if not near:
         return LENGTHS
     allowed = [r for r in near if _worse(chosen, r, pairing.min_margin)]
@@ -67,7 +73,7 @@ def pair(responses: Sequence[Response], name: str, pairing: Pairing) -> Pair | s
         return EQUAL if len({r.reward for r in usable}) == 1 else MARGIN
     if pairing.strategy == "best_second_worst":
         if len(near) < 2:
-            return TOO_FEW_FOR_SECOND
+            return _no_second(usable, below)
         picked = sorted(near, key=_from_worst)[1]
         if picked not in allowed:
             return MARGIN
@@ -76,6 +82,13 @@ def pair(responses: Sequence[Response], name: str, pairing: Pairing) -> Pair | s
     else:
         picked = min(allowed, key=_from_worst)
     return Pair(chosen, _nearest_in_length(chosen, picked, allowed, pairing.length_slack))
+
+
+def _no_second(usable: Sequence[Response], below: Sequence[Response]) -> str:
+    """Why fewer than two responses could be the second-worst. below: those no better than the chosen one."""
+    if len(usable) < 3:
+        return TOO_FEW_FOR_SECOND
+    return CUT_FOR_SECOND if len(below) < 2 else LENGTHS_FOR_SECOND
 
 
 def different(responses: Sequence[Response]) -> list[Response]:

@@ -264,7 +264,7 @@ def test_each_policy_is_measured_with_the_same_noise_whatever_the_rounds_are_sam
     of_rounds = {seed for name, seed in used if name != "held_out"}
     assert held_out == {settings.seed} and len(of_rounds) == 2 and not held_out & of_rounds
     recorded = load_recipe(loop.round(2).run.recipe_file)
-    assert recorded.data.eval == (str(loop.round(1).held_out.pairs),)
+    assert recorded.data.eval == str(loop.round(1).held_out.pairs)
 
 
 def test_two_reward_models_judge_one_after_the_other(

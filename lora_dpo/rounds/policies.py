@@ -44,14 +44,8 @@ class Loop:
         folder = self.adapter_after(number)
         if number:
             check_adapter(self.directory.round(number).run)
-        with self.bare_base() as base:
-            yield base if folder is None else load_adapter(base, folder)
-
-    @contextmanager
-    def bare_base(self) -> Iterator[Model]:
-        """The base for whoever puts adapters on; alone again afterwards."""
         try:
-            yield self.base
+            yield self.base if folder is None else load_adapter(self.base, folder)
         finally:
             bare(self.base)
 

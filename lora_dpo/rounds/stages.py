@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lora_dpo.errors import DataError
-from lora_dpo.judging import NoPairsError, judge_file, make_judge, pair_file
+from lora_dpo.judging import NoPairsError, judge_file, judge_on, pair_file
 from lora_dpo.preferences import Prompt
 from lora_dpo.recipe import IterativeRecipe, Judge, Sampling
 from lora_dpo.rounds.directory import RoundDirectory, write_json
@@ -74,11 +74,11 @@ def sample_stage(
 
 
 def judge_stage(loop: Loop, number: int, judge: Judge, samples: Path, output: Path, first: Path) -> None:
-    """Judge what the policy after a round said. The base is bare for each judge, which puts its own adapter
-    on; but the implicit reward of the policy takes the policy. first: what the same judge wrote first.
+    """Judge what the policy after a round said. A judge that is an adapter has the base for itself; the
+    implicit reward of the policy takes the policy. first: what the same judge wrote first.
     """
-    with loop.policy_after(number) if judge.of == "implicit" else loop.bare_base() as model:
-        made = make_judge(judge, model, loop.chat, say=loop.display.say)
+    whose = loop.policy_after(number) if judge.of == "implicit" else nullcontext(loop.base)
+    with whose as model, judge_on(judge, model, loop.chat, say=loop.display.say) as made:
         judge_file(same_judge(judge, made, first), samples, output, loop.display)
 
 

@@ -69,12 +69,12 @@ def write_rounds(directory: LoopDirectory, found: Verdict) -> None:
 
 def say_changes(directory: LoopDirectory, number: int, display: Display) -> None:
     """A round's figures, and what speaks for a fooled judge."""
-    before, now = (directory.round(n).measures() or {} for n in (number - 1, number))
+    first, before, now = (directory.round(n).measures() or {} for n in (0, number - 1, number))
     display.say(
         f"round {number}: reward {_shown(before['reward'])} → {_shown(now['reward'])},"
         f" KL {now['kl']['mean']:.3g} nats a response"
     )
-    for line in compare(before["guard"], now["guard"]):
+    for line in compare(before["guard"], now["guard"], first["guard"]):
         display.say(f"note: {line}")
 
 

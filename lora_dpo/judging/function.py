@@ -66,7 +66,7 @@ class FunctionJudge:
     def _number(self, value: Any, candidates: Candidates) -> float:
         try:
             number = math.nan if isinstance(value, (str, bytes, bytearray)) else float(value)
-        except (Exception, SystemExit):  # a tensor of two elements raises RuntimeError, others what they like
+        except (Exception, SystemExit):  # a tensor may raise RuntimeError, others what they like
             number = math.nan
         if not math.isfinite(number):
             raise RunError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
@@ -224,7 +228,13 @@ def test_waits_double_and_stay_within_their_bounds():
     for attempt, most in enumerate([0.5, 1, 2, 4, 8, 16, 30, 30]):
         assert most / 2 <= client._wait(attempt, None) <= most
     assert client._wait(0, 1e9) == 300
-    assert client._wait(0, -5) == 0
+    assert client._wait(7, 20.0) >= 20
+
+
+@pytest.mark.parametrize("asked", ["0", "-5", "-inf", "Thu, 01 Jan 1970 00:01:40 GMT", "Mon, 99 Foo 0 99:99"])
+def test_a_wait_of_nothing_that_an_endpoint_asks_for_does_not_use_up_the_attempts(asked: str):
+    client = Client("http://127.0.0.1:1/v1", "m", first_wait=0.5)
+    assert client._wait(3, _seconds(asked)) >= 2
 
 
 @pytest.mark.parametrize(
@@ -283,9 +293,154 @@ def test_an_answer_that_does_not_come_or_never_ends_is_given_up(serve: Callable[
         ended.set()
 
 
-def test_an_answer_in_drops_is_held_to_the_time_of_the_whole(serve: Callable[..., Server]):
-    import socket
+Raw = Callable[..., Client]
 
+
+@pytest.fixture
+def raw() -> Iterator[Raw]:
+    """raw(first, drop): a client of a server that sends `first`, then `drop` again and again, 20 times a
+    second; without drops it hangs up.
+    """
+    stop = threading.Event()
+    opened: list[tuple[socket.socket, threading.Thread]] = []
+
+    def serve_one(listener: socket.socket, first: bytes, drop: bytes) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            read = b""
+            while not read.endswith(b"}"):  # of the body: nothing may stay unread when it hangs up
+                read += connection.recv(65536)
+            with contextlib.suppress(OSError):
+                connection.sendall(first)
+                while drop and not stop.wait(0.05):
+                    connection.sendall(drop)
+
+    def start(first: bytes, drop: bytes = b"", **changes: Any) -> Client:
+        listener = socket.create_server(("127.0.0.1", 0))
+        thread = threading.Thread(target=serve_one, args=(listener, first, drop), daemon=True)
+        thread.start()
+        opened.append((listener, thread))
+        values: dict[str, Any] = {"timeout": 5.0, "retries": 0, "key": KEY, **changes}
+        return Client(f"http://127.0.0.1:{listener.getsockname()[1]}", "m", **values)
+
+    yield start
+    stop.set()
+    for listener, thread in opened:
+        thread.join(5)
+        listener.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "drop", "said"),
+    [
+        (b"", b"H", "no answer within"),  # the status line
+        (b"HTTP/1.1 200 OK\r\nX-Slow: ", b"x", "no answer within"),
+        (b"", b"HTTP/1.1 100 Continue\r\n\r\n", "no answer within"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", b"1\r\n \r\n", "no answer within"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1;", b"x", "no answer within"),
+        (b"HTTP/1.1 500 Oops\r\nContent-Length: 1000\r\n\r\n", b"x", "HTTP 500$"),
+    ],
+)
+def test_drops_anywhere_in_an_answer_do_not_hold_a_worker(raw: Raw, first: bytes, drop: bytes, said: str):
+    """Without a bound on the whole they would: none of these servers ever ends."""
+    client, made = raw(first, drop, timeout=0.3), []
+
+    def complete() -> None:
+        try:
+            client.complete([], threading.Event())
+        except RunError as error:
+            made.append(str(error))
+
+    worker = threading.Thread(target=complete, daemon=True)
+    worker.start()
+    worker.join(4)
+    assert not worker.is_alive()
+    assert re.search(said, made[0])
+
+
+ESCAPES = "\x1b[2J\x9b31m\u202e\a"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        f"HTTP/1.1 2{KEY}\x1b[2J OK\r\n\r\n",  # a status line that is none stands in http.client's error
+        f"{KEY}\r\n\r\n",
+        f"HTTP/1.1 200 OK\r\nContent-Type: {KEY}\x1b[2J\r\n\r\n{KEY}{ESCAPES}",
+        f"HTTP/1.1 200 OK\r\n\r\n{'x' * 190}{KEY}",
+        f"HTTP/1.1 500 Oops\r\n\r\n{' ' * 1990}{KEY}{ESCAPES}",
+        f"HTTP/1.1 401 No\r\n\r\n{'x' * 290}{KEY}",
+        f"HTTP/1.1 302 Found\r\nLocation: http://other/{KEY}{ESCAPES[:3]}\r\n\r\n",
+        "HTTP/1.1 302 Found\r\nLocation: http://[\r\n\r\n",
+        f"HTTP/1.1 500 Oops\r\nContent-Length: 9000\r\n\r\n{KEY[:-3]}",
+    ],
+)
+def test_no_error_shows_the_key_or_a_part_of_it_or_commands_the_terminal(raw: Raw, first: str):
+    with pytest.raises(RunError) as caught:
+        raw(first.encode()).complete([], threading.Event())
+    assert KEY[:6] not in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("key", ['a"b\\c/d', "p&q <r>", "x+y=z/"])
+def test_a_key_is_recognised_as_json_addresses_and_html_write_it(key: str):
+    text = f"{json.dumps(key)} {json.dumps(key)[1:-1].replace('/', chr(92) + '/')} {quote(key, safe='')}"
+    shown_text = Client("http://h", "m", key).shown(f"{text} {html.escape(key)} {key}")
+    assert shown_text == '"***" *** *** *** ***'
+
+
+def test_unusable_answers_are_shown_without_the_key_whole_or_cut(serve: Callable[..., Server]):
+    for text in (f"{KEY}{ESCAPES}", "x" * 70 + KEY):
+
+        def answer(body: dict[str, Any], number: int, text: str = text) -> bytes:
+            return completion(text)
+
+        judge = judge_at(serve(answer), api_key_env="ENDPOINT_KEY")
+        with pytest.raises(RunError, match="no usable answer") as caught:
+            judge([ask("a", "b")])
+        for line in (str(caught.value), *judge.notes()):
+            assert KEY[:6] not in line
+            assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("head", "body", "said"),
+    [
+        ("", "<html>hello</html>", "no chat completion"),
+        ("", '{"choices": [{"message": {"content": "x"', "no chat completion"),
+        ("", '{"choices": "none"}', "no chat completion"),
+        ("", '{"choices": [{"text": "x"}]}', "no chat completion"),
+        ("", '{"choices": [{"message": {"content": ["x"]}}]}', "no text but list"),
+        ("", "[" * 200_000, "no chat completion"),
+        ("", "1" * 5_000, "no chat completion"),
+        ("", " " * (4 * 2**20 + 1), "more than 4,194,304 bytes"),
+        ("Content-Length: 900\r\n", "{}", "cut: 2 of 900 bytes"),
+        ("Content-Length: 1\r\n", "{}", "no chat completion"),
+        ("Content-Length: -1\r\n", "{}", "no chat completion"),
+        ("Content-Length: \xb2\r\n", "{}", "no chat completion"),
+        ("Content-Length: " + "9" * 5000 + "\r\n", "{}", "no chat completion"),
+        ("Transfer-Encoding: chunked\r\n", "-5\r\nab", "connection broke|no chat completion"),
+        ("Transfer-Encoding: chunked\r\n", "zz\r\nab", "connection broke"),
+    ],
+)
+def test_an_answer_that_is_no_completion_is_an_error_that_says_so(raw: Raw, head: str, body: str, said: str):
+    with pytest.raises(RunError, match=said):
+        raw(f"HTTP/1.1 200 OK\r\n{head}\r\n{body}".encode("latin-1")).complete([], threading.Event())
+
+
+def test_ties_and_answers_that_contradict_each_other_decide_nothing(serve: Callable[..., Server]):
+    def shorter_first(body: dict[str, Any], number: int) -> bytes:
+        return better("tie" if shown(body)[0] == "a" else "A")
+
+    for answer, swayed in ((lambda body, number: better("tie"), 0), (lambda body, number: better("B"), 1)):
+        judge = judge_at(serve(answer))
+        assert judge([ask("a", "b")]) == [[0.5, 0.5]]
+        assert (judge.tally.ties, judge.tally.swayed) == (1, swayed)
+        assert "100% ties" in " ".join(judge.notes())
+    assert judge_at(serve(shorter_first))([ask("a", "b")]) == [[0.5, 0.5]]
+
+
+def test_an_answer_in_drops_is_held_to_the_time_of_the_whole(serve: Callable[..., Server]):
     listener = socket.create_server(("127.0.0.1", 0))
     stop = threading.Event()
 
@@ -362,6 +517,7 @@ def test_no_more_calls_run_at_a_time_than_asked(serve: Callable[..., Server]):
         (' {"better":"tie"}\n', "tie"),
         ('```json\n{"better": "B"}\n```', "B"),
         ('```\n{"better": "B"}\n```', "B"),
+        ('```json\r\n{"better": "B"}\r\n```\r\n', "B"),
         ("", None),
         ("A", None),
         ('"A"', None),

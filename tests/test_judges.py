@@ -100,6 +100,14 @@ def test_a_function_is_called_with_messages_and_response_one_at_a_time_or_many(t
         ("float('inf')", "inf"),
         ("'3'", "'3'"),
         ("None", "None"),
+        ("b'3'", "b'3'"),
+        ("1j", "1j"),
+        ("10 ** 400", "1000"),
+        ("__import__('torch').zeros(2)", r"tensor\(\[0., 0.\]\)"),
+        ("__import__('torch').zeros(1, device='meta')", r"tensor\(.*meta"),
+        ("__import__('numpy').float32('nan')", "nan"),
+        ("__import__('sys').exit(0)", "SystemExit: 0"),
+        ("type('Bad', (), {'__repr__': lambda self: 1 / 0})()", "a Bad that ZeroDivisionError keeps"),
     ],
 )
 def test_what_a_function_does_wrong_names_it_and_the_prompt(tmp_path: Path, body: str, said: str):
@@ -107,6 +115,52 @@ def test_what_a_function_does_wrong_names_it_and_the_prompt(tmp_path: Path, body
     judge = make_judge(Judge(f"function:{tmp_path / 'rules.py'}:bad"))
     with pytest.raises(RunError, match=rf"rules\.py:bad on prompt p.*{said}"):
         judge([candidates("a")])
+
+
+@pytest.mark.parametrize(
+    ("value", "reward"),
+    [
+        (True, 1.0),
+        (np.bool_(False), 0.0),
+        (np.float32(0.5), 0.5),
+        (np.int64(3), 3.0),
+        (torch.tensor([2.0]), 2.0),
+    ],
+)
+def test_booleans_and_the_numbers_of_numpy_and_torch_are_rewards(
+    value: Any, reward: float, capsys: pytest.CaptureFixture[str]
+):
+    def talks(prompt: Any, response: str) -> Any:
+        print("I judge", response)
+        return value
+
+    made = FunctionJudge(talks)([candidates("a")])
+    assert made == [[reward]]
+    assert type(made[0][0]) is float
+    assert capsys.readouterr().out == "I judge a\n"
+
+
+def test_ctrl_c_in_a_function_ends_judging():
+    def interrupted(prompt: Any, response: str) -> float:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        FunctionJudge(interrupted)([candidates("a")])
+
+
+def test_a_file_that_ends_the_program_when_it_is_imported_is_refused(tmp_path: Path):
+    (tmp_path / "script.py").write_text("import sys\ndef f(prompt, response):\n    return 1\nsys.exit(0)\n")
+    with pytest.raises(RecipeError, match=r"script\.py ends with sys\.exit\(0\) when it is imported"):
+        make_judge(Judge(f"function:{tmp_path / 'script.py'}:f"))
+
+
+def test_what_a_function_changes_in_a_prompt_is_its_own():
+    def spoils(prompt: Any, response: str) -> float:
+        prompt[0]["tool_calls"].append("more")
+        return float(len(prompt[0]["tool_calls"]))
+
+    prompt: Any = ({"role": "assistant", "tool_calls": ["one"]},)
+    assert FunctionJudge(spoils)([Candidates("p", prompt, ("a", "b"))]) == [[2.0, 2.0]]
 
 
 def test_a_batch_function_that_loses_one_is_refused():

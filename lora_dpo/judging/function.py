@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -51,10 +52,10 @@ class FunctionJudge:
             if not self.batch:
                 return [self.function(_copy(candidates), response) for response in responses]
             made = list(self.function([_copy(candidates) for _ in responses], list(responses)))
-        except Exception as error:  # whatever the user's own code raises
-            raise RunError(
-                f"judge.of: {self.of} on prompt {candidates.id}: {type(error).__name__}: {error}"
-            ) from error
+        except (Exception, SystemExit) as error:  # whatever the user's own code raises
+            # Let through, sys.exit(0) there would end the command as if it had done its work.
+            said = f"{type(error).__name__}: {_told(error, str)}"
+            raise RunError(f"judge.of: {self.of} on prompt {candidates.id}: {said}") from error
         if len(made) != len(responses):
             raise RunError(
                 f"judge.of: {self.of} on prompt {candidates.id} gave {len(made)} numbers for {len(responses)}"
@@ -64,12 +65,13 @@ class FunctionJudge:
 
     def _number(self, value: Any, candidates: Candidates) -> float:
         try:
-            number = float(value) if not isinstance(value, str) else math.nan
-        except (TypeError, ValueError, OverflowError):
+            number = math.nan if isinstance(value, (str, bytes, bytearray)) else float(value)
+        except (Exception, SystemExit):  # a tensor may raise RuntimeError, others what they like
             number = math.nan
         if not math.isfinite(number):
             raise RunError(
-                f"judge.of: {self.of} on prompt {candidates.id} gave {value!r:.80}; it takes a finite number"
+                f"judge.of: {self.of} on prompt {candidates.id} gave {_told(value, repr):.80}; it takes a"
+                " finite number"
             )
         return number
 
@@ -79,7 +81,13 @@ def function_judge(of: str) -> FunctionJudge:
     place = Path(of.rpartition(":")[0]).expanduser()
     if place.suffix == ".py" and not place.is_file():
         raise RecipeError(f"judge.of got function:{of}: there is no file {place}")
-    function = import_function(of, "judge.of")
+    try:
+        function = import_function(of, "judge.of")
+    except SystemExit as error:
+        raise RecipeError(
+            f"judge.of got function:{of}: {place} ends with sys.exit({error.code!r}) when it is imported; put"
+            ' what runs it as a script under if __name__ == "__main__"'
+        ) from error
     source = place.read_text(encoding="utf-8", errors="replace") if place.suffix == ".py" else None
     # Where the file lies does not count: the same file elsewhere is the same judge.
     name = f"{place.name}:{of.rpartition(':')[2]}" if source is not None else of
@@ -90,7 +98,15 @@ def _copy(candidates: Candidates) -> Any:
     """The prompt as the function gets it: what it changes there is its own."""
     if isinstance(candidates.prompt, str):
         return candidates.prompt
-    return [dict(message) for message in candidates.prompt]
+    return copy.deepcopy([dict(message) for message in candidates.prompt])
+
+
+def _told(value: object, how: Callable[[object], str]) -> str:
+    """A value of the user's own code in words; that code may fail here too."""
+    try:
+        return how(value)
+    except Exception as error:
+        return f"a {type(value).__name__} that {type(error).__name__} keeps from being shown"
 
 
 def _takes_many(function: Callable[..., Any]) -> bool:

@@ -43,7 +43,7 @@ AGAIN = (
     ' {"better": "B"} or {"better": "tie"}.'
 )
 
-_fence = re.compile(r"\A```(?:json)?[ \t]*\n(.*)\n```\Z", re.DOTALL)
+_fence = re.compile(r"\A```(?:json)?[ \t]*\r?\n(.*)\n```\Z", re.DOTALL)
 
 
 def question(candidates: Candidates, a: str, b: str, instruction: str | None) -> list[dict[str, str]]:

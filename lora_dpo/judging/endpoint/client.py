@@ -13,9 +13,10 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 from lora_dpo.errors import RecipeError, RunError
+from lora_dpo.judging.endpoint.transport import BrokenError, harmless, opener, read
 
 PASSING = (408, 409, 425, 429)
 """Statuses, besides 5xx, after which the same call may succeed later."""
@@ -23,8 +24,8 @@ PASSING = (408, 409, 425, 429)
 FIRST_WAIT, LONGEST_WAIT, LONGEST_ASKED = 0.5, 30.0, 300.0
 """Seconds: the waits between attempts, doubled each time; and what an endpoint may ask for by Retry-After."""
 
-LARGEST_ANSWER = 4 * 2**20
-"""Bytes; an answer holds a line of JSON."""
+SHOWN = 300
+"""So many characters of what a server wrote stand in an error."""
 
 
 class PassingError(Exception):
@@ -35,18 +36,11 @@ class PassingError(Exception):
         self.after = after
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Following one would send the key elsewhere."""
-
-    def redirect_request(self, *args: Any, **kwargs: Any) -> None:
-        return None
-
-
 @dataclass
 class Client:
     """POSTs to {url}/chat/completions. key: sent as a bearer token, shown nowhere. timeout: seconds for a
-    whole answer. retries: further attempts after one that failed in a way that may pass. first_wait: seconds
-    before the first of them.
+    whole answer, up to its last byte. retries: further attempts after one that failed in a way that may pass.
+    first_wait: seconds before the first of them.
     """
 
     url: str
@@ -63,7 +57,7 @@ class Client:
         self.calls = self.failures = 0
         self._random = random.Random()
         self._lock = threading.Lock()
-        self._opener = urllib.request.build_opener(_NoRedirects)
+        self._opener = opener()
 
     def complete(self, messages: Sequence[dict[str, str]], stop: threading.Event) -> str:
         """The text that the model answers with, at temperature 0. Raises RunError when all attempts failed,
@@ -83,10 +77,13 @@ class Client:
         raise AssertionError("not reached")
 
     def _wait(self, attempt: int, asked: float | None) -> float:
-        """Seconds: what the endpoint asks for, else exponential with jitter, so that calls spread out."""
-        if asked is not None:
-            return min(max(asked, 0.0), LONGEST_ASKED)
-        return min(self.first_wait * 2**attempt, LONGEST_WAIT) * self._random.uniform(0.5, 1.0)
+        """Seconds: exponential with jitter, so that calls spread out; more where it is asked for."""
+        own = min(self.first_wait * 2**attempt, LONGEST_WAIT) * self._random.uniform(0.5, 1.0)
+        return own if asked is None else max(own, min(asked, LONGEST_ASKED))
+
+    def shown(self, text: object, most: int = SHOWN) -> str:
+        """What the server wrote, as it may stand in an error or a note: never print it otherwise."""
+        return harmless(str(text), self.key, most)
 
     def _once(self, messages: Sequence[dict[str, str]]) -> str:
         body = json.dumps({"model": self.model, "messages": list(messages), "temperature": 0}).encode()
@@ -97,40 +94,55 @@ class Client:
         with self._lock:
             self.calls += 1
         try:
-            until = time.monotonic() + self.timeout
             with self._opener.open(request, timeout=self.timeout) as response:
-                return _text_of(_read(response, until), response.headers.get("Content-Type"))
+                return self._text_of(read(response), response.headers.get("Content-Type"))
         except urllib.error.HTTPError as error:
             with error:
                 raise self._refused(error) from None
+        except BrokenError as error:
+            raise PassingError(str(error)) from None
         except TimeoutError:
             raise PassingError(f"no answer within {self.timeout:g} seconds") from None
         except urllib.error.URLError as error:
             if isinstance(error.reason, TimeoutError):
                 raise PassingError(f"no answer within {self.timeout:g} seconds") from None
-            raise PassingError(f"no connection: {error.reason}") from None
-        except (http.client.HTTPException, OSError) as error:
-            raise PassingError(f"the connection broke: {type(error).__name__}: {error}") from None
+            raise PassingError(f"no connection: {self.shown(error.reason)}") from None
+        except (http.client.HTTPException, OSError, ValueError) as error:  # ValueError: headers that are none
+            said = self.shown(f"{type(error).__name__}: {error}")
+            raise PassingError(f"the connection broke: {said}") from None
 
     def _refused(self, error: urllib.error.HTTPError) -> Exception:
         """What a status other than success is: one that may pass, or the end."""
         try:
-            said = error.read(2000).decode("utf-8", "replace")
-        except (http.client.HTTPException, OSError):
-            said = ""
-        said = " ".join(self._without_key(said).split())[:300]
+            said = self.shown(read(cast(http.client.HTTPResponse, error.fp)).decode("utf-8", "replace"))
+        except (BrokenError, http.client.HTTPException, OSError, ValueError):
+            said = ""  # a body that was cut may end within the key
         reason = f"HTTP {error.code}" + (f": {said}" if said else "")
         if error.code in PASSING or error.code >= 500:
             return PassingError(reason, _seconds(error.headers.get("Retry-After")))
         if error.code in (401, 403):
             reason += "; judge.api_key_env names the environment variable that holds the key"
         elif 300 <= error.code < 400:
-            place = self._without_key(str(error.headers.get("Location")))
+            place = self.shown(error.headers.get("Location") or "no address")
             reason = f"HTTP {error.code}: it has moved to {place}; give that address, it is not followed"
         return RunError(f"judge: {self.url} refused: {reason}")
 
-    def _without_key(self, text: str) -> str:
-        return text.replace(self.key, "***") if self.key else text
+    def _text_of(self, body: bytes, kind: str | None) -> str:
+        """choices[0].message.content. Raises PassingError for another body, as proxies write in a bad
+        moment.
+        """
+        try:
+            text = json.loads(body)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+            said = self.shown(body.decode("utf-8", "replace"), 200)
+            raise PassingError(
+                f"an answer that is no chat completion ({self.shown(kind, 80)}): '{said}'"
+            ) from None
+        if text is None:
+            return ""  # a refusal, or only reasoning
+        if not isinstance(text, str):
+            raise PassingError(f"an answer whose content is no text but {type(text).__name__}")
+        return text
 
 
 def checked_url(url: str) -> str:
@@ -150,36 +162,6 @@ def checked_url(url: str) -> str:
     return url.rstrip("/").removesuffix("/chat/completions")
 
 
-def _read(response: Any, until: float) -> bytes:
-    """The whole body, by the deadline: a socket's time-out is for each read alone."""
-    parts: list[bytes] = []
-    size, expected = 0, response.headers.get("Content-Length")
-    while part := response.read1(65536):
-        parts.append(part)
-        size += len(part)
-        if size > LARGEST_ANSWER:
-            raise PassingError(f"an answer of more than {LARGEST_ANSWER:,} bytes")
-        if time.monotonic() > until:
-            raise TimeoutError
-    if expected is not None and expected.isdigit() and size < int(expected):
-        raise PassingError(f"the answer was cut: {size:,} of {int(expected):,} bytes")
-    return b"".join(parts)
-
-
-def _text_of(body: bytes, kind: str | None) -> str:
-    """choices[0].message.content. Raises PassingError for another body, as proxies write in a bad moment."""
-    try:
-        text = json.loads(body)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
-        shown = " ".join(body[:200].decode("utf-8", "replace").split())
-        raise PassingError(f"an answer that is no chat completion ({kind}): {shown!r}") from None
-    if text is None:
-        return ""  # a refusal, or only reasoning
-    if not isinstance(text, str):
-        raise PassingError(f"an answer whose content is no text but {type(text).__name__}")
-    return text
-
-
 def _seconds(text: str | None, now: Callable[[], float] = time.time) -> float | None:
     """Retry-After: seconds, or a date."""
     if text is None:
@@ -189,6 +171,6 @@ def _seconds(text: str | None, now: Callable[[], float] = time.time) -> float | 
     except ValueError:
         try:
             return email.utils.parsedate_to_datetime(text).timestamp() - now()
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError, IndexError, OverflowError, OSError):
             return None
     return seconds if seconds == seconds else None

@@ -136,7 +136,7 @@ class EndpointJudge:
         if tally.invalid:
             lines.append(
                 f"{tally.invalid:,} comparisons had no usable answer and count for nobody, such as"
-                f" {tally.unusable[0]!r}"
+                f" '{tally.unusable[0]}'"
             )
         return lines
 
@@ -183,7 +183,7 @@ class EndpointJudge:
         wrong = [answer for answer in (there, back) if isinstance(answer, _Unusable)]
         if wrong:
             tally.invalid += 1
-            tally.unusable.append(wrong[0].answer[:80])
+            tally.unusable.append(self._client.shown(wrong[0].answer, 80))
             del tally.unusable[3:]
             return None
         tally.answers += sum(answer != "tie" for answer in (there, back))
@@ -203,6 +203,6 @@ class EndpointJudge:
             if share > most:
                 raise RunError(
                     f"judge: {share:.0%} of {self._client.url}'s comparisons have no usable answer, such as"
-                    f" {tally.unusable[0]!r}: it takes a model that answers in JSON, or judge.max_invalid"
+                    f" '{tally.unusable[0]}': it takes a model that answers in JSON, or judge.max_invalid"
                     f" above {most:g}"
                 )

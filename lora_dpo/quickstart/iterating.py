@@ -118,7 +118,7 @@ def reward_recipe(recipe: IterativeRecipe, labels: Path, folder: Path) -> Recipe
 def train_reward_model(recipe: IterativeRecipe, labels: Path, folder: Path, display: Display) -> None:
     """Train it, go on with it, or leave it as it is."""
     run = RunDirectory(folder)
-    if (run.adapter_folder / "adapter_model.safetensors").is_file():
+    if run.has_adapter:
         display.say(f"   the reward model in {folder} is there already")
         return
     train(reward_recipe(recipe, labels, folder), resume=run.recipe_file.exists(), quiet=display.quiet)

@@ -52,7 +52,7 @@ def offline(recipe: IterativeRecipe, labels: Path, epochs: float, folder: Path) 
     given["training"] = dataclasses.replace(recipe.training, epochs=epochs)
     given["run_directory"] = str(folder)
     run = RunDirectory(folder)
-    if not (run.adapter_folder / "adapter_model.safetensors").is_file():
+    if not run.has_adapter:
         train(Recipe(**given), quiet=True, resume=run.recipe_file.exists())
     return run
 

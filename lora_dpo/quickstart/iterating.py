@@ -101,7 +101,7 @@ def rule_labels(recipe: IterativeRecipe, folder: Path, display: Display, count: 
         write_text(file, b"".join(rows[:count]).decode())
     made = file.read_bytes().count(b"\n")
     if made < count:
-        display.say(f"   note: there are {made} labelled pairs, not {count}: more prompts have no pair")
+        display.say(f"   note: there are {made} labelled pairs, not {count}: no more prompts gave one")
     return file
 
 

@@ -22,7 +22,7 @@ from lora_dpo.model import (
 )
 from lora_dpo.preferences import AnyRecord, Preference, Rating
 from lora_dpo.recipe import Recipe, load_recipe, override
-from lora_dpo.run_directory import MANIFEST, RunDirectory, damage, write_text
+from lora_dpo.run_directory import MANIFEST, RunDirectory, damage, holds_adapter, write_text
 from lora_dpo.sampling import Role, greedy
 from lora_dpo.training import (
     Display,
@@ -107,12 +107,11 @@ def open_finished(
 
 def check_adapter(run: RunDirectory) -> None:
     """Raise RunError where a run has no adapter yet, or not the one that it wrote."""
-    folder = run.adapter_folder
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not run.has_adapter:
         raise RunError(
             f"{run.path} holds no trained adapter yet: its run has not ended (train --resume goes on)"
         )
-    check_whole(folder)
+    check_whole(run.adapter_folder)
 
 
 def check_whole(folder: Path) -> None:
@@ -134,7 +133,7 @@ def reference_of(directory: RunDirectory, recipe: Recipe) -> str | None:
     if not recipe.loss.needs_reference or (kind == "base" and not recipe.reference.sync_every):
         return None
     folder = directory.reference_folder
-    if not (folder / "adapter_model.safetensors").is_file():
+    if not holds_adapter(folder):
         raise RunError(f"{folder} is missing: it held the adapter that was this run's reference")
     check_whole(folder)
     return str(folder)

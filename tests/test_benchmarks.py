@@ -28,7 +28,8 @@ from lora_dpo.preferences import Message, Preference, Where
 
 
 @pytest.mark.parametrize(
-    "name", ["compare_trl", "scaling", "roofline", "merge_dtypes", "reward_accuracy", "sampling"]
+    "name",
+    ["compare_trl", "scaling", "roofline", "merge_dtypes", "reward_accuracy", "sampling", "iterative_dpo"],
 )
 def test_the_scripts_start(name: str, monkeypatch, capsys):
     script = importlib.import_module(name)

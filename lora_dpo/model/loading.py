@@ -12,6 +12,7 @@ from lora_dpo.errors import ModelError
 from lora_dpo.model.adapters import add_adapter
 from lora_dpo.model.bare import check_bare
 from lora_dpo.model.base import load_base, load_tokenizer, unquantized_bytes, verdict_on
+from lora_dpo.model.placing import put_on
 from lora_dpo.model.roles import Model, with_adapter
 from lora_dpo.model.saved import (
     SavedAdapter,
@@ -20,7 +21,6 @@ from lora_dpo.model.saved import (
     check_left_out,
     find_adapter,
     in_memory,
-    put_on,
     read_adapter,
     with_new_score,
 )

@@ -21,7 +21,7 @@ from lora_dpo.model.copies import compute_as_originals
 from lora_dpo.model.dora import decompose
 from lora_dpo.model.low_rank import add_in_place
 from lora_dpo.model.offload import OffloadedActivations
-from lora_dpo.model.saved import ask_for_own_tokens, widen_copies
+from lora_dpo.model.placing import ask_for_own_tokens, widen_copies
 from lora_dpo.model.switching import OFF, Switch, switches_of
 from lora_dpo.probe import ASSUMED, Verdict
 from lora_dpo.recipe import Base

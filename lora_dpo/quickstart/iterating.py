@@ -7,6 +7,7 @@ reward model thinks of them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,18 +15,21 @@ from random import Random
 from typing import Any
 
 import torch
+import xxhash
 
+from lora_dpo.errors import RunError
 from lora_dpo.judging import FunctionJudge, judge_file, pair_file
 from lora_dpo.losses import BradleyTerry
-from lora_dpo.model import load_model
+from lora_dpo.model import check_base, content_hash, load_model, read_record
 from lora_dpo.preferences import load_prompts
 from lora_dpo.quickstart.base import BaseSettings, cache_folder, quickstart_base, quickstart_data
 from lora_dpo.quickstart.data import satisfies
-from lora_dpo.recipe import Adapter, Data, IterativeRecipe, Recipe, Sampling, Training
+from lora_dpo.recipe import Adapter, Data, IterativeRecipe, Recipe, Sampling, Training, pinned, to_dict
 from lora_dpo.rounds import LoopDirectory, run_rounds
 from lora_dpo.run_directory import RunDirectory, write_text
 from lora_dpo.sampling import sample_to_file, sampler_id
 from lora_dpo.training import Display, chat_tokenizer, train
+from lora_dpo.training.resuming import recipe_differences
 
 LABELS = 300
 
@@ -73,28 +77,47 @@ def free_loop(folder: Path) -> Path:
 
 def rule_labels(recipe: IterativeRecipe, folder: Path, display: Display, count: int = LABELS) -> Path:
     """A preference file of so many pairs of the base's own responses to training prompts, as the rule labels
-    them; made once for each seed and kept.
+    them, or of all there are. It is made once, in a folder of its own for everything that it depends on.
     """
-    file = folder / f"labels-{count}.jsonl"
-    if file.exists():
-        return file
-    folder.mkdir(parents=True, exist_ok=True)
     seed = recipe.training.seed
     prompts = load_prompts(recipe.data, seed=seed).train
-    base = load_model(recipe.base)
-    chat = chat_tokenizer(base.tokenizer, recipe.data)
-    sampling = Sampling(responses=8, max_new_tokens=recipe.sampling.max_new_tokens, seed=seed)
-    sampler = sampler_id(base, sampling, chat.end_of_turn_ids, role="base")
-    samples, judged, pairs = (folder / f"{name}.jsonl" for name in ("samples", "judged", "pairs"))
-    sample_to_file(base, chat, prompts, sampling, samples, sampler=sampler, role="base", display=display)
-    judge_file(FunctionJudge(rule_reward), samples, judged, display)
-    pairing = replace(recipe.pairing, strategy="best_random", seed=seed)
-    for line in pair_file(judged, pairs, pairing).lines():
-        display.say(f"   labels: {line}")
-    rows = sorted(pairs.read_text(encoding="utf-8").splitlines(keepends=True))
-    Random(seed).shuffle(rows)
-    write_text(file, "".join(rows[:count]))
+    judge = FunctionJudge(rule_reward)
+    folder = folder / _fingerprint(recipe, prompts, judge, count)
+    file = folder / "labels.jsonl"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        base = load_model(recipe.base)
+        chat = chat_tokenizer(base.tokenizer, recipe.data)
+        sampling = Sampling(responses=8, max_new_tokens=recipe.sampling.max_new_tokens, seed=seed)
+        sampler = sampler_id(base, sampling, chat.end_of_turn_ids, role="base")
+        samples, judged, pairs = (folder / f"{name}.jsonl" for name in ("samples", "judged", "pairs"))
+        sample_to_file(base, chat, prompts, sampling, samples, sampler=sampler, role="base", display=display)
+        judge_file(judge, samples, judged, display)
+        pairing = replace(recipe.pairing, strategy="best_random", seed=seed)
+        for line in pair_file(judged, pairs, pairing).lines():
+            display.say(f"   labels: {line}")
+        rows = sorted(pairs.read_bytes().splitlines(keepends=True))
+        Random(seed).shuffle(rows)
+        write_text(file, b"".join(rows[:count]).decode())
+    made = file.read_bytes().count(b"\n")
+    if made < count:
+        display.say(f"   note: there are {made} labelled pairs, not {count}: no more prompts gave one")
     return file
+
+
+def _fingerprint(recipe: IterativeRecipe, prompts: Sequence[Any], judge: FunctionJudge, count: int) -> str:
+    """16 hexadecimal digits of what labels are made of: base, prompts, rule, and the settings that matter."""
+    told = to_dict(recipe)
+    facts = [
+        content_hash(recipe.base),
+        *(told[name] for name in ("base", "data", "pairing")),
+        [[record.prompt, record.tools, dict(record.template_kwargs)] for record in prompts],
+        judge.fingerprint,
+        recipe.sampling.max_new_tokens,
+        recipe.training.seed,
+        count,
+    ]
+    return xxhash.xxh3_64_hexdigest(json.dumps(facts, sort_keys=True, default=str).encode())
 
 
 def reward_recipe(recipe: IterativeRecipe, labels: Path, folder: Path) -> Recipe:
@@ -116,9 +139,18 @@ def reward_recipe(recipe: IterativeRecipe, labels: Path, folder: Path) -> Recipe
 
 
 def train_reward_model(recipe: IterativeRecipe, labels: Path, folder: Path, display: Display) -> None:
-    """Train it, go on with it, or leave it as it is."""
-    run = RunDirectory(folder)
-    if (run.adapter_folder / "adapter_model.safetensors").is_file():
+    """Train it, go on with it, or leave it as it is. Raises RunError or ModelError where the one that is
+    there is another: of other labels or settings, or on another base.
+    """
+    run, wanted = RunDirectory(folder), reward_recipe(recipe, labels, folder)
+    if run.has_adapter:
+        differ = recipe_differences(pinned(wanted), run.recipe_file)
+        if differ:
+            raise RunError(
+                f"the reward model in {folder} is not this recipe's: {'; '.join(map(str, differ))}. Name"
+                " another folder with judge.of=reward:FOLDER, or delete that one"
+            )
+        check_base(read_record(run.adapter_folder), recipe.base, f"the reward model in {folder}")
         display.say(f"   the reward model in {folder} is there already")
         return
-    train(reward_recipe(recipe, labels, folder), resume=run.recipe_file.exists(), quiet=display.quiet)
+    train(wanted, resume=run.recipe_file.exists(), quiet=display.quiet)

@@ -19,7 +19,6 @@ from lora_dpo.rounds.judges import same_judge
 from lora_dpo.rounds.measuring import measure
 from lora_dpo.rounds.policies import Loop, recipe_of_round
 from lora_dpo.rounds.prompts import prompts_of_round
-from lora_dpo.run_directory import RunDirectory
 from lora_dpo.sampling import sample_to_file, sampler_id
 from lora_dpo.training import train
 
@@ -40,7 +39,7 @@ def do_round(loop: Loop, number: int) -> None:
             judge_stage(loop, number - 1, loop.recipe.judge, here.samples, here.judged, first)
         with _timed(here, "pair"):
             pair_stage(loop, number)
-    if not has_trained(here.run):
+    if not here.run.has_adapter:
         with _timed(here, "train"):
             train_stage(loop, number)
     measure_stage(loop, number)
@@ -145,11 +144,6 @@ def held_out_sampling(recipe: IterativeRecipe) -> Sampling:
     """
     count = recipe.rounds.held_out_responses
     return seeded(recipe.sampling, "held out", responses=count, temperature=1.0, top_p=1.0)
-
-
-def has_trained(run: RunDirectory) -> bool:
-    """Whether the run's last rename is done."""
-    return (run.adapter_folder / "adapter_model.safetensors").is_file()
 
 
 def seeded(sampling: Sampling, what: str, **changes: Any) -> Sampling:

@@ -6,7 +6,7 @@ lines.py      files of JSON lines that grow, and are gone on with
 manifest.py   whether a folder is what was written
 """
 
-from lora_dpo.run_directory.directory import OWN_NAMES, RunDirectory, cache_folder
+from lora_dpo.run_directory.directory import OWN_NAMES, RunDirectory, cache_folder, holds_adapter, step_of
 from lora_dpo.run_directory.lines import GrowingFile, growing
 from lora_dpo.run_directory.manifest import MANIFEST, damage
 from lora_dpo.run_directory.writing import (
@@ -30,8 +30,10 @@ __all__ = [
     "empty",
     "grow_folder",
     "growing",
+    "holds_adapter",
     "in_words",
     "need_space",
+    "step_of",
     "write_folder",
     "write_text",
 ]

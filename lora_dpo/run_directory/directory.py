@@ -54,6 +54,11 @@ def cache_folder() -> Path:
     return Path(home).expanduser()
 
 
+def holds_adapter(folder: Path) -> bool:
+    """Whether an adapter's tensors lie in a folder."""
+    return (folder / "adapter_model.safetensors").is_file()
+
+
 @dataclass(frozen=True)
 class RunDirectory:
     """The folder of one run."""
@@ -133,6 +138,11 @@ class RunDirectory:
     @property
     def adapter_folder(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether the run wrote its adapter, which is the last thing it does, by one rename."""
+        return holds_adapter(self.adapter_folder)
 
     @property
     def reference_folder(self) -> Path:

@@ -73,11 +73,13 @@ def sample(
             answers = dict(zip(wave.prompts, job.answer(wave.prompts), strict=True))
             for n in new:
                 made[n] = answers[n]
-                if done is not None:
-                    done(n, answers[n])
-            if progress is not None:
-                progress(len(new))
+                (done or _nobody)(n, answers[n])
+            (progress or _nobody)(len(new))
     return made
+
+
+def _nobody(*told: object) -> None:
+    """Who is told where nobody is to be."""
 
 
 def plan(model: Model, lengths: Sequence[int], settings: Sampling) -> list[Wave]:

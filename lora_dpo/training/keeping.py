@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
 from lora_dpo.errors import RunError
+from lora_dpo.recipe import Training
 from lora_dpo.run_directory import RunDirectory, damage, delete_folder
+
+
+def most_to_come(training: Training, left: int, there: int) -> int:
+    """How many more folders of a checkpoint's size may lie on the disk at once before a run has ended.
+
+    left: steps to come. there: checkpoints that lie there already.
+    """
+    saves = max(1, math.ceil(left / training.save_every) if training.save_every else 1)
+    if training.best_metric:
+        saves += 1 + left // training.eval_every
+    # Besides those that stay there is for a while the next one, and in the end adapter/.
+    stay = training.keep_checkpoints + bool(training.best_metric)
+    count = min(saves, stay + 1) + 1
+    return count - min(there, count - 1)
 
 
 class Checkpoints:

@@ -94,6 +94,23 @@ def refuse(differences: Sequence[Difference], accept: Sequence[str]) -> list[Dif
     return list(differences)
 
 
+def go_on(
+    then: TrainingState, now: TrainingState, differ: Sequence[Difference], say: Callable[[str], None]
+) -> None:
+    """Make a checkpoint's counters those of the run that goes on from it, as the recipe is now.
+
+    differ: what was accepted to be otherwise; it is told, and kept in `changes`.
+    """
+    for item in differ:
+        say(f"accepted: {item}")
+    say_other_versions(then.versions, now.versions, say)
+    then.changes += [f"after step {then.step}: {item}" for item in differ]
+    # A smaller budget in the recipe counts, and so does one that was halved for want of memory.
+    then.tokens_per_microbatch = min(then.tokens_per_microbatch, now.tokens_per_microbatch)
+    for name in ("data", "held_out", "base", "reference", "versions"):
+        setattr(then, name, getattr(now, name))
+
+
 def _examples(kind: str, folder: Path, name: str, branches: Sequence[Branches]) -> str:
     """How the examples differ from the checkpoint's, with the file and row of the first that does."""
     counts = f"the {kind} data are not those that the run began with"

@@ -108,12 +108,7 @@ def step_gradient(
     budget, retries = tokens_per_microbatch, 0
     counts = (0, 0) if cache is None else (cache.hits, cache.misses)
     while True:
-        for parameter in model.trainable.values():
-            parameter.grad = None
-        if cache is not None:
-            cache.drop_pending()
-            cache.hits, cache.misses = counts
-        torch.manual_seed(seed)
+        _begin(step, counts)
         try:
             sums = accumulate(step, budget)
             sums.out_of_memory_retries = retries
@@ -128,6 +123,16 @@ def step_gradient(
         # Outside the handler: its traceback holds the failed forward's activations.
         give_back_memory()
         say(f"out of memory: this step begins again, from now on with {budget} tokens a micro-batch")
+
+
+def _begin(step: Step, counts: tuple[int, int]) -> None:
+    """Nothing is left of an attempt before this one. counts: the cache's hits and misses before the step."""
+    for parameter in step.model.trainable.values():
+        parameter.grad = None
+    if step.cache is not None:
+        step.cache.drop_pending()
+        step.cache.hits, step.cache.misses = counts
+    torch.manual_seed(step.seed)
 
 
 def _once(gather: Gather) -> Gather:

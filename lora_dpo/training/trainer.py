@@ -16,10 +16,10 @@ from accelerate.utils import broadcast_object_list
 from lora_dpo.batching import StepSampler
 from lora_dpo.errors import RunError
 from lora_dpo.evaluation import evaluate
-from lora_dpo.model import REFERENCE, Model, TrainedOn, save_adapter, write_record
+from lora_dpo.model import Model, TrainedOn
 from lora_dpo.recipe import Recipe, to_dict, to_yaml
 from lora_dpo.reference import ReferenceCache, base_fingerprint, reference_fingerprint
-from lora_dpo.run_directory import RunDirectory, damage, need_space, write_folder
+from lora_dpo.run_directory import RunDirectory, need_space
 from lora_dpo.stopping import Interrupted, Stopped, Stops
 from lora_dpo.training.checkpoint import (
     Origin,
@@ -27,20 +27,19 @@ from lora_dpo.training.checkpoint import (
     checkpoint_size,
     data_fingerprint,
     example_hashes,
-    restore_adapter,
     restore_checkpoint,
-    restore_reference,
     save_checkpoint,
 )
 from lora_dpo.training.data import TrainingData
+from lora_dpo.training.ending import keep_best, write_adapters
 from lora_dpo.training.finite import check_finite_adapter, finite_only, not_finite_adapter
-from lora_dpo.training.keeping import Checkpoints
+from lora_dpo.training.keeping import Checkpoints, most_to_come
 from lora_dpo.training.observers import Observer, Record, metrics_file, trackers
 from lora_dpo.training.optimizer import learning_rate
 from lora_dpo.training.optimizer_steps import OptimizerSteps
 from lora_dpo.training.preflight import preflight
 from lora_dpo.training.progress import Display, duration
-from lora_dpo.training.resuming import checkpoint_differences, refuse, say_other_versions, versions
+from lora_dpo.training.resuming import checkpoint_differences, go_on, refuse, versions
 from lora_dpo.training.shift_meter import ShiftMeter
 from lora_dpo.training.speed import Speed
 from lora_dpo.training.watch import Watch
@@ -71,16 +70,8 @@ class Trainer:
         self.accelerator, self.display, self.cache, self.record = accelerator, display, cache, record
         self.updates = OptimizerSteps(recipe, model, accelerator, display, cache)
         self.optimizer, self.scaler = self.updates.optimizer, self.updates.scaler
-        if self.training.gradient_checkpointing != "none":
-            offload = self.training.gradient_checkpointing == "offload"
-            model.checkpoint_layers(offload=offload)
-            if offload and not model.offloading:
-                display.say("note: training.gradient_checkpointing=offload is the same as layers on the CPU")
-        if len(data.train) < self.training.pairs_per_step:
-            display.say(
-                f"note: {len(data.train)} training examples are fewer than training.pairs_per_step"
-                f" ({self.training.pairs_per_step}), so each step meets some of them more than once"
-            )
+        self._checkpoint_layers()
+        self._say_if_few()
         self.sampler = StepSampler(len(data.train), self.training.pairs_per_step, self.training.seed)
         steps = self.sampler.steps(self.training.epochs)
         self.steps = min(steps, self.training.max_steps or steps)
@@ -107,6 +98,23 @@ class Trainer:
         # Whether adapter, optimizer and counters are those of the same step, and none is being written.
         self._settled = True
 
+    def _checkpoint_layers(self) -> None:
+        if self.training.gradient_checkpointing != "none":
+            offload = self.training.gradient_checkpointing == "offload"
+            self.model.checkpoint_layers(offload=offload)
+            if offload and not self.model.offloading:
+                self.display.say(
+                    "note: training.gradient_checkpointing=offload is the same as layers on the CPU"
+                )
+
+    def _say_if_few(self) -> None:
+        count, wanted = len(self.data.train), self.training.pairs_per_step
+        if count < wanted:
+            self.display.say(
+                f"note: {count} training examples are fewer than training.pairs_per_step ({wanted}), so each"
+                " step meets some of them more than once"
+            )
+
     def resume(self, folder: Path | None, accept: Sequence[str] = ()) -> None:
         """Go on from a whole checkpoint; from the first step where there is none.
 
@@ -115,16 +123,10 @@ class Trainer:
         """
         if folder is not None:
             then = restore_checkpoint(folder, self.model, self.optimizer)
-            now = self.state
-            differ = refuse(list(checkpoint_differences(folder, self.recipe, then, now, self.data)), accept)
-            for item in differ:
-                self.display.say(f"accepted: {item}")
-            say_other_versions(then.versions, now.versions, self.display.say)
-            then.changes += [f"after step {then.step}: {item}" for item in differ]
-            # A smaller budget in the recipe counts, and so does one that was halved for want of memory.
-            then.tokens_per_microbatch = min(then.tokens_per_microbatch, now.tokens_per_microbatch)
-            for name in ("data", "held_out", "base", "reference", "versions"):
-                setattr(then, name, getattr(now, name))
+            differ = refuse(
+                list(checkpoint_differences(folder, self.recipe, then, self.state, self.data)), accept
+            )
+            go_on(then, self.state, differ, self.display.say)
             self.state = then
             self.watch.restore(then.watch)
             self.shift.fading.restore(then.shift)
@@ -159,14 +161,8 @@ class Trainer:
         """Raise RunError where the checkpoints that will be kept don't fit on the disk."""
         if self.accelerator.is_main_process:
             size = checkpoint_size(self.model, self.origin)
-            every, left = self.training.save_every, self.steps - self.state.step
-            saves = max(1, math.ceil(left / every) if every else 1)
-            if self.training.best_metric:
-                saves += 1 + left // self.training.eval_every
-            # Besides those that stay there is for a while the next one, and in the end adapter/.
-            stay = self.training.keep_checkpoints + bool(self.training.best_metric)
-            count = min(saves, stay + 1) + 1
-            count -= min(len(self.run_directory.checkpoints()), count - 1)
+            there = len(self.run_directory.checkpoints())
+            count = most_to_come(self.training, self.steps - self.state.step, there)
             need_space(self.run_directory.path, count * size, f"the run ({count} checkpoints)")
 
     def run(self) -> None:
@@ -337,42 +333,14 @@ class Trainer:
         """Write adapter/: the best checkpoint's where a metric chooses, else the last step's."""
         run = self.run_directory
         self._settled = False
-        self._choose_best()
+        chosen = self.state.best_step or self.state.step
+        if chosen != self.state.step:
+            keep_best(run.checkpoint_folder(chosen), self.model, self.training.best_metric, self.display.say)
         check_finite_adapter(self.model)
         if self.accelerator.is_main_process:
-            if self.model.reference_adapters:
-                # With it the run is complete: what it started from may be moved or deleted.
-                write_folder(run.reference_folder, self._fill_reference, manifest=True)
-            write_folder(run.adapter_folder, self._fill_adapter, manifest=True)
+            write_adapters(run, self.model, self.data.tokenizer, self.record)
         self.accelerator.wait_for_everyone()
         if self.training.trackers:
             self.accelerator.end_training()
         took = duration(self.speed.seconds)
         self.display.say(f"trained {self.state.step} steps in {took}; the adapter is in {run.adapter_folder}")
-
-    def _choose_best(self) -> None:
-        chosen, metric = self.state.best_step or self.state.step, self.training.best_metric
-        if chosen == self.state.step:
-            return
-        folder = self.run_directory.checkpoint_folder(chosen)
-        wrong = damage(folder)
-        if wrong is not None:
-            self.display.say(
-                f"note: the best {metric} was at step {chosen}, but {folder.name} is damaged ({wrong}): the"
-                " adapter of the last step is kept"
-            )
-            return
-        restore_adapter(folder / "adapter", self.model)
-        restore_reference(folder, self.model)
-        self.display.say(f"the best {metric} was at step {chosen}: that adapter is kept")
-
-    def _fill_adapter(self, part: Path) -> None:
-        save_adapter(self.model, part)
-        self.data.tokenizer.save(part)
-        if self.record is not None:
-            write_record(self.record, part)
-
-    def _fill_reference(self, part: Path) -> None:
-        save_adapter(self.model, part, REFERENCE)
-        if self.record is not None:
-            write_record(self.record, part)  # it spoke on this base too

@@ -6,6 +6,8 @@ A hidden rule (right, and short) labels 300 pairs of the base's own responses. O
 labels, and another with as many passes as there are rounds. Rounds: a reward model is trained on the same
 labels, and the rule is never asked again but to keep count. The rate is that of the rule over responses drawn
 at temperature 1 to the same held-out prompts with the same noise, for all of them.
+
+Columns: what was measured, each seed's figure, and their mean.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ def offline(recipe: IterativeRecipe, labels: Path, epochs: float, folder: Path) 
     given["training"] = dataclasses.replace(recipe.training, epochs=epochs)
     given["run_directory"] = str(folder)
     run = RunDirectory(folder)
-    if not (run.adapter_folder / "adapter_model.safetensors").is_file():
+    if not run.has_adapter:
         train(Recipe(**given), quiet=True, resume=run.recipe_file.exists())
     return run
 

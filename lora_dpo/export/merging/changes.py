@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from lora_dpo.errors import ModelError
 from lora_dpo.export.merging.shards import Tensors, blocks_of_rows
 from lora_dpo.model import POLICY, SMALLEST_NORM
-from lora_dpo.model.saved import put_on, read_adapter
+from lora_dpo.model.placing import put_on
+from lora_dpo.model.saved import read_adapter
 from lora_dpo.model.skeleton import Skeleton
 
 ByRows = Callable[[Tensor, int], Tensor]

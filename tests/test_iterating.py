@@ -49,7 +49,7 @@ def test_the_offline_recipe_goes_the_whole_way_and_keeps_what_it_made(
     loop = iterating.iterate(recipe, settings=settings)
     told = [json.loads(line) for line in loop.rounds_file.read_text().splitlines()]
     assert [line["round"] for line in told] == [0, 1, 2]
-    assert all({"reward", "held_out_reward", "kl", "guard"} <= line.keys() for line in told)
+    assert all({"reward", "held_out_judge", "kl", "guard"} <= line.keys() for line in told)
     head = tmp_path / "reward" / "adapter" / "adapter_model.safetensors"
     made = head.stat().st_mtime_ns
     with pytest.raises(RunError, match=r"rounds\.count"):

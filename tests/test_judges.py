@@ -610,6 +610,26 @@ def test_a_judged_file_that_was_cut_anywhere_ends_as_if_it_had_not_been(tmp_path
         assert len(judge.asked) == len(set(judge.asked)) == 7 - done.already
 
 
+def test_a_judge_whose_rewards_depend_on_their_group_is_given_all_of_it_again(tmp_path: Path):
+    class Ranked(Counting):
+        whole_groups = True
+
+        def __call__(self, group: Any, progress: Any = None) -> list[list[float]]:
+            rewards = super().__call__(group, progress)
+            return [[reward + len(group) for reward in own] for own in rewards]
+
+    samples, output = write_samples(tmp_path / "samples.jsonl", 8), tmp_path / "judged.jsonl"
+    judge_file(Ranked(), samples, output)
+    whole = output.read_bytes()
+    ends = [n for n, byte in enumerate(whole, start=1) if byte == ord("\n")]
+    for lines, asked in ((1, 8), (2, 8), (3, 5), (4, 5), (6, 2), (7, 2), (8, 0)):
+        output.write_bytes(whole[: ends[lines - 1]])
+        judge = Ranked()
+        judge_file(judge, samples, output)
+        assert output.read_bytes() == whole
+        assert len(judge.asked) == asked
+
+
 def test_what_was_judged_before_an_interruption_is_not_judged_again(tmp_path: Path):
     samples, output = write_samples(tmp_path / "samples.jsonl", 8), tmp_path / "judged.jsonl"
     first, second = Counting(most=5), Counting()

@@ -28,6 +28,7 @@ class ClassifierJudge:
     """
 
     name = "classifier"
+    whole_groups = True
 
     def __init__(self, judge: Judge, say: Callable[[str], None] = lambda line: None):
         self._loaded: Classifier = load_classifier(judge, say)

@@ -97,10 +97,13 @@ def judge_file(judge: JudgeProtocol, samples: Path, output: Path, display: Displ
         with display.counting("judging", len(rows)) as advance:
             advance(done)
             for start in range(0, len(rows), at_once(judge)):
-                # The same groups again after a kill: a model's rewards may depend on them by rounding.
-                group = rows[max(start, done) : start + at_once(judge)]
-                if group:
-                    lines.extend(_judge(judge, group, advance))
+                new = max(start, done)
+                if new < min(start + at_once(judge), len(rows)):
+                    # A kill may leave a part of a group: a model is given all of it again.
+                    first = start if getattr(judge, "whole_groups", False) else new
+                    group = rows[first : start + at_once(judge)]
+                    advance(first - new)
+                    lines.extend(_judge(judge, group, advance)[new - first :])
     for line in notes_of(judge):
         display.say(f"judge: {line}")
     return _summary(read_samples(output), done)

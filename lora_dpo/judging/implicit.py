@@ -35,6 +35,7 @@ class ImplicitJudge:
     """
 
     name = "implicit"
+    whole_groups = True
 
     def __init__(
         self,

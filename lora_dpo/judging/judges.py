@@ -45,8 +45,9 @@ class JudgeProtocol(Protocol):
     """A judge. name: short, such as "implicit". fingerprint: 16 hexadecimal digits of what decides a reward;
     another one is another judge.
 
-    It may also have `at_once`, how many prompts it is best given together, and `notes()`, lines to print
-    about what it has met so far.
+    It may also have `at_once`, how many prompts it is best given together; `whole_groups`, true where a
+    reward depends by rounding on those that it is given with, as a model's does; and `notes()`, lines to
+    print about what it has met so far.
     """
 
     @property

@@ -19,6 +19,7 @@ class RewardJudge:
     """
 
     name = "reward"
+    whole_groups = True
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ def run(
         from lora_dpo.recipe import override
 
         if "-h" in words or "--help" in words:
-            print(recipe_help(recipe))
+            last_words(recipe_help(recipe), sys.stdout)  # the pipe may be closed before all is read
             return
         accept = _taken(words, "--accept")
         resume = "--resume" in words

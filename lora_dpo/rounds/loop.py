@@ -67,6 +67,8 @@ def _begun(recipe: IterativeRecipe, display: Display, resume: bool, accept: Sequ
             _check_fixed(differ)
             for item in refuse(differ, accept):
                 display.say(f"accepted: {item}")
+        else:
+            check_judges(pin)  # before there are rounds to resume
         prepare_prompts(pin, directory, display)
         write_text(directory.recipe_file, to_yaml(pin))
         _loop(pin, directory, display, accept)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -12,6 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# A shell that starts the tests in its background may have them, and all that they start, ignore SIGINT.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The tests' models are tiny: a second thread costs them more than it gives.
 torch.set_num_threads(1)
